@@ -1,0 +1,654 @@
+"""Tests of adapters.py, fisher.py and unfreeze.py on tiny random models: `bash run.sh test` (or `pytest test_core.py`).
+
+Every expectation comes from another computation: equations written out a second time, a loop over single examples,
+AdapterHub's library frozen into files (../shared/oracles, where present), or sequences worked out by hand.
+"""
+
+import copy
+import itertools
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import layer_norm, linear
+
+import unfreeze
+from adapters import AdaptedOutput, BottleneckAdapter, add_task_adapters, save_adapter
+from fisher import fisher_trace
+from unfreeze import Unfreezer
+
+transformers.utils.logging.disable_progress_bar()
+
+HERE = Path(__file__).parent
+ORACLES = HERE.parent / "shared" / "oracles"
+LAYERS, HIDDEN = 4, 16
+
+
+def tiny_model(kind: str = "XLMRoberta", head: str = "SequenceClassification", **settings) -> nn.Module:
+    torch.manual_seed(1)
+    defaults = {"vocab_size": 60, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
+                "intermediate_size": 32, "max_position_embeddings": 40, "type_vocab_size": 1, "pad_token_id": 1,
+                "num_labels": 2 if head == "QuestionAnswering" else 3, "initializer_range": 0.3}
+    config = getattr(transformers, kind + "Config")(**defaults | settings)
+    return getattr(transformers, kind + "For" + head)(config)
+
+
+def batch(rows: int = 5, tokens: int = 7, choices: int | None = None) -> dict:
+    torch.manual_seed(2)
+    shape = (rows, tokens) if choices is None else (rows, choices, tokens)
+    mask = torch.ones(shape, dtype=torch.long)
+    mask[0, ..., tokens - 3 :] = 0
+    ids = torch.randint(5, 60, shape).masked_fill(mask == 0, 1)
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.randint(0, choices or 3, (rows,))}
+
+
+def randomise(blocks: list[nn.Module]) -> list[nn.Module]:
+    torch.manual_seed(3)
+    for parameter in itertools.chain(*(block.parameters() for block in blocks)):
+        nn.init.normal_(parameter, std=0.3)
+    return blocks
+
+
+# ---- adapters.py ----------------------------------------------------------------------------------------------
+
+
+def test_adapted_output_and_gradients_equal_the_written_out_equations():
+    model = tiny_model().double()
+    block = randomise(add_task_adapters(model, reduction_factor=4))[1]
+    output = model.roberta.encoder.layer[1].output.eval().requires_grad_()
+    nn.init.normal_(output.LayerNorm.weight)  # a trivial LayerNorm could hide a wrong order of operations
+    inner = torch.randn(2, 3, 32, dtype=torch.double)
+    x = torch.randn(2, 3, HIDDEN, dtype=torch.double, requires_grad=True)
+    down, up = block.adapter_down[0], block.adapter_up
+
+    def norm(value):
+        return layer_norm(value, (HIDDEN,), output.LayerNorm.weight, output.LayerNorm.bias, output.LayerNorm.eps)
+
+    h = linear(inner, output.dense.weight, output.dense.bias)
+    bottleneck = linear(norm(h + x), down.weight, down.bias)
+    changed = linear(bottleneck * (bottleneck > 0), up.weight, up.bias) + h
+    expected, weights = norm(changed + x), [x, *output.parameters()]
+    torch.testing.assert_close(output(inner, x), expected, rtol=0, atol=1e-12)
+    weighting = torch.randn_like(expected)
+    for ours, theirs in zip(torch.autograd.grad((output(inner, x) * weighting).sum(), weights),
+                            torch.autograd.grad((expected * weighting).sum(), weights)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_a_new_adapter_starts_as_in_adapterhub():
+    torch.manual_seed(0)
+    block = BottleneckAdapter(768, 16)
+    assert block.adapter_down[0].weight.shape == (48, 768) and block.adapter_up.weight.shape == (768, 48)
+    for layer in (block.adapter_down[0], block.adapter_up):
+        assert abs(layer.weight.std().item() - 0.02) < 5e-4 and layer.bias.count_nonzero() == 0
+
+
+@pytest.mark.skipif(not ORACLES.is_dir(), reason="../shared/oracles is not here")
+@pytest.mark.parametrize("case", ["a_xlmr_seqcls_seqbn", "a_xlmr_qa_seqbn", "a_xlmr_mc_seqbn", "d_mbert_seqcls_seqbn",
+                                  "d_mbert_mc_seqbn"])
+def test_outputs_loss_and_gradients_equal_adapterhubs_library(case):
+    folder = ORACLES / case
+    facts = json.loads((folder / "case.json").read_text())
+    model = getattr(transformers, facts["cls"]).from_pretrained(folder / facts["base"])
+    add_task_adapters(model)
+    for file in ("adapters/task/pytorch_adapter.bin", "head/pytorch_model_head.bin"):
+        assert not model.load_state_dict(torch.load(folder / file, weights_only=True), strict=False).unexpected_keys
+    model.requires_grad_(True)
+    expected = {key: value for key, value in load_file(folder / "expected.safetensors").items() if ".f64" not in key}
+    output = model(output_hidden_states=True, **{key.split(".", 1)[1]: value for key, value in expected.items()
+                                                 if key.startswith(("in.", "label."))})
+    output.loss.backward()
+    compared = {"out." + key: value for key, value in output.items() if key != "hidden_states"}
+    compared |= {"grad." + key: parameter.grad for key, parameter in model.named_parameters()}
+    compared["out.hidden_states"] = torch.stack(output.hidden_states)
+    wanted = {key: value for key, value in expected.items() if key.startswith(("out.", "grad."))}
+    assert sum(key.startswith("grad.") for key in wanted) >= 4 * 6 + 2
+    for key, value in wanted.items():
+        torch.testing.assert_close(compared[key].reshape(value.shape), value, rtol=0, atol=1e-5, msg=lambda text: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("kind, head", [("XLMRoberta", "SequenceClassification"), ("XLMRoberta", "MaskedLM"),
+                                        ("Roberta", "QuestionAnswering"), ("Bert", "MultipleChoice")])
+def test_patching_keeps_names_and_with_no_active_adapter_every_bit(kind, head):
+    model = tiny_model(kind, head).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    inputs = {"input_ids": batch(choices=2 if head == "MultipleChoice" else None)["input_ids"]}
+    plain = model(**inputs)[0]
+    blocks = randomise(add_task_adapters(model))
+    assert len(blocks) == LAYERS and not torch.equal(model(**inputs)[0], plain)
+    for layer in model.base_model.encoder.layer:
+        layer.output.active = []
+    assert torch.equal(model(**inputs)[0], plain)
+    added = set(model.state_dict()) - set(before)
+    assert all(".output.adapters.task." in name for name in added) and len(added) == 4 * LAYERS
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert added < learned and not any(name in learned for name in before if name.startswith(model.base_model_prefix))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_computes_with_its_own_weights(copied):
+    model = tiny_model().eval()
+    add_task_adapters(model)
+    inputs = batch()
+    before, twin = model(**inputs).logits, copied(model)
+    assert torch.equal(twin(**inputs).logits, before)
+    randomise([module for module in twin.modules() if isinstance(module, BottleneckAdapter)])
+    assert not torch.equal(twin(**inputs).logits, before) and torch.equal(model(**inputs).logits, before)
+    other = tiny_model().eval()
+    add_task_adapters(other)
+    other.load_state_dict(twin.state_dict())
+    assert torch.equal(other(**inputs).logits, twin(**inputs).logits)
+
+
+def test_a_saved_adapter_and_head_bring_back_the_logits(tmp_path):
+    model = tiny_model().eval()
+    randomise(add_task_adapters(model, reduction_factor=4))
+    save_adapter(model, "task", tmp_path)
+    torch.manual_seed(9)
+    other = tiny_model().eval()
+    nn.init.normal_(other.classifier.out_proj.weight)
+    add_task_adapters(other, json.loads((tmp_path / "adapter_config.json").read_text())["config"]["reduction_factor"])
+    for file in ("pytorch_adapter.bin", "pytorch_model_head.bin"):
+        assert not other.load_state_dict(torch.load(tmp_path / file, weights_only=True), strict=False).unexpected_keys
+    assert torch.equal(other(**batch()).logits, model(**batch()).logits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json", "head_config.json", "pytorch_adapter.bin", "pytorch_model_head.bin"]
+
+
+def test_a_meta_model_runs_forward_and_backward_so_nothing_is_pinned_to_a_device():
+    with torch.device("meta"):
+        model = tiny_model()
+    blocks = add_task_adapters(model)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    inputs = {key: value.to("meta") for key, value in batch().items() if key != "attention_mask"}  # its values count
+    unfreezer = Unfreezer(blocks, "gu", k=1)
+    for step in range(LAYERS):
+        unfreezer.step(step)
+        model(**inputs).loss.backward()
+        assert [block.adapter_up.weight.grad is not None for block in blocks] == [
+            index in unfreezer.trainable for index in range(LAYERS)]
+
+
+def test_impossible_adapters_are_refused():
+    model = tiny_model()
+    add_task_adapters(model)
+    for call, message in [(lambda: add_task_adapters(model), "already has an adapter named 'task'"),
+                          (lambda: add_task_adapters(tiny_model(), 17), "reduction_factor must be in 1..16"),
+                          (lambda: add_task_adapters(tiny_model(), name="a.b"), "without a dot"),
+                          (lambda: save_adapter(model, "other", "/nowhere"), "no adapter named 'other'"),
+                          (lambda: add_task_adapters(transformers.GPT2LMHeadModel(transformers.GPT2Config(
+                              n_layer=1, n_embd=4, n_head=1, vocab_size=9))), "model type 'gpt2'")]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# ---- fisher.py ------------------------------------------------------------------------------------------------
+
+
+def slow_trace(model, inputs: dict, blocks: list[nn.Module], labels: torch.Tensor) -> torch.Tensor:
+    """|| grad log p(label | x) ||^2 of every example by its own forward and backward pass: [len(blocks), B]."""
+    norms = torch.zeros(len(blocks), len(labels), dtype=torch.double)
+    for example, label in enumerate(labels):
+        single = {key: value[example : example + 1] for key, value in inputs.items() if key != "labels"}
+        log_p = model(**single).logits.double().log_softmax(-1)[0, label]
+        for index, block in enumerate(blocks):
+            gradients = torch.autograd.grad(log_p, list(block.parameters()), retain_graph=True, allow_unused=True)
+            norms[index, example] = sum(g.double().square().sum() for g in gradients if g is not None)
+    return norms
+
+
+def probabilities(model, inputs: dict) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**{key: value for key, value in inputs.items() if key != "labels"}).logits.softmax(-1)
+
+
+CASES = {
+    "sequence classification, summed over token pairs": ("XLMRoberta", "SequenceClassification", 1, batch(5, 3)),
+    "sequence classification, per-example gradients": ("XLMRoberta", "SequenceClassification", 8, batch(5, 30)),
+    "BERT": ("Bert", "SequenceClassification", 4, batch()),
+    "multiple choice": ("Bert", "MultipleChoice", 4, batch(choices=3)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_trace_equals_a_loop_over_single_examples(name):
+    kind, head, reduction, inputs = CASES[name]
+    model = tiny_model(kind, head).eval()
+    blocks = randomise(add_task_adapters(model, reduction))
+    p = probabilities(model, inputs)
+    drawn = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(5))[:, 0]
+    sampled = fisher_trace(model, [inputs], blocks, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(sampled, slow_trace(model, inputs, blocks, drawn).mean(1), rtol=1e-5, atol=0)
+    expected = sum(p[:, c].double() * slow_trace(model, inputs, blocks, torch.full_like(drawn, c)) for c in range(3))
+    torch.testing.assert_close(fisher_trace(model, [inputs], blocks, labels="exact"), expected.mean(1),
+                               rtol=1e-5, atol=0)
+
+
+def test_unequal_batches_weigh_examples_and_not_batches():
+    model = tiny_model().eval()
+    blocks, inputs = add_task_adapters(model), batch()
+    pieces = [{key: value[rows] for key, value in inputs.items()} for rows in (slice(0, 1), slice(1, 5))]
+    torch.testing.assert_close(fisher_trace(model, pieces, blocks, "exact"),
+                               fisher_trace(model, [inputs], blocks, "exact"), rtol=1e-5, atol=0)
+
+
+def test_the_mean_of_many_sampled_traces_is_the_exact_one():
+    model = tiny_model().eval()
+    blocks, generator = randomise(add_task_adapters(model)), torch.Generator().manual_seed(0)
+    draws = torch.stack([fisher_trace(model, [batch()], blocks, generator=generator) for _ in range(200)])
+    exact = fisher_trace(model, [batch()], blocks, "exact")
+    assert ((draws.mean(0) - exact).abs() < 4 * draws.std(0) / 200**0.5).all()
+
+
+class TwoClasses(nn.Module):
+    """Logits (z, 0) with z = w . x: p = sigmoid(z), and the Fisher information of w is p (1 - p) x x^T."""
+
+    def __init__(self, calls: int = 1):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(2, 1, bias=False), calls
+        self.linear.weight.data = torch.tensor([[0.5, -1.0]])
+
+    def forward(self, x):
+        z = sum(self.linear(x) for _ in range(self.calls))  # [B, 1]
+        return transformers.modeling_outputs.SequenceClassifierOutput(logits=torch.cat([z, torch.zeros_like(z)], 1))
+
+
+@pytest.mark.parametrize("calls", [1, 2])  # a layer called twice has twice the gradient, four times the trace
+def test_the_trace_of_a_two_class_model_is_the_one_worked_out_by_hand(calls):
+    model, x = TwoClasses(calls), torch.tensor([[1.0, 2.0], [3.0, 0.5]])
+    p = 1 / (1 + torch.exp(-calls * torch.tensor([0.5 - 2.0, 1.5 - 0.5], dtype=torch.double)))
+    expected = calls**2 * (p * (1 - p) * torch.tensor([5.0, 9.25], dtype=torch.double)).mean()
+    trace = fisher_trace(model, [{"x": x}], [model.linear], "exact")
+    torch.testing.assert_close(trace, expected[None], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_measuring_leaves_no_mark(failing):
+    model = tiny_model()
+    blocks, inputs = add_task_adapters(model), batch()
+    model.train()
+    model.roberta.encoder.layer[0].eval()  # a mixture of modes comes back as a mixture
+    blocks[0].requires_grad_(False)
+    model(**inputs).loss.backward()
+
+    def state():
+        hooks = [len(module._forward_hooks) for module in model.modules()]
+        tensors = [*model.state_dict().values(), torch.get_rng_state()]
+        tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        flags = [(module.training, [parameter.requires_grad for parameter in module.parameters(recurse=False)])
+                 for module in model.modules()]
+        return hooks, flags, [tensor.clone() for tensor in tensors]
+
+    before = state()
+    if failing:
+        with pytest.raises(ValueError):
+            fisher_trace(model, [inputs, {"no_such_argument": 1}], blocks)
+    else:
+        fisher_trace(model, [inputs], blocks)
+    after = state()
+    assert before[:2] == after[:2] and len(before[2]) == len(after[2])
+    assert all(torch.equal(one, two) for one, two in zip(before[2], after[2]))
+
+
+def test_frozen_and_open_blocks_measure_the_same():
+    model = tiny_model()
+    blocks = add_task_adapters(model)
+    opened = fisher_trace(model, [batch()], blocks)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        assert torch.equal(fisher_trace(model, [batch()], blocks), opened) and (opened > 0).all()
+
+
+def test_impossible_measurements_are_refused():
+    model = tiny_model()
+    blocks = add_task_adapters(model)
+    broken = copy.deepcopy(model)
+    nn.init.constant_(broken.classifier.out_proj.bias, float("nan"))
+    for call, message in [(lambda: fisher_trace(model, [], blocks), "no batches"),
+                          (lambda: fisher_trace(model, [batch()], [nn.ReLU()]), "block 0 has no parameters"),
+                          (lambda: fisher_trace(model, [batch()], [nn.LayerNorm(4)]), "in LayerNorm"),
+                          (lambda: fisher_trace(model, [batch()], blocks, labels="gold?"), "labels must be one of"),
+                          (lambda: fisher_trace(broken, [batch()], [broken.classifier.dense]), "not finite"),
+                          (lambda: fisher_trace(model.roberta, [batch()], blocks), "no `logits`")]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# ---- the schedules --------------------------------------------------------------------------------------------
+
+
+def linears(count: int = 3) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [nn.Linear(2, 2) for _ in range(count)]
+
+
+def history(method: str, steps: int = 9, **settings) -> list:
+    unfreezer = Unfreezer(linears(), method, k=2, **settings)
+    opened = [(step, unfreezer.step(step)) for step in range(steps)]
+    assert unfreezer.history == [(step, block) for step, blocks in opened for block in blocks]
+    return unfreezer.history
+
+
+@pytest.mark.parametrize("method, settings, expected", [
+    ("standard", {}, [(0, 0), (0, 1), (0, 2)]),
+    ("gu", {}, [(0, 2), (2, 1), (4, 0)]),
+    ("rev", {}, [(0, 0), (2, 1), (4, 2)]),
+    ("lpft", {}, [(2, 0), (2, 1), (2, 2)]),
+    ("order", {"order": [1, 2, 0]}, [(0, 1), (2, 2), (4, 0)]),
+    ("none", {}, []),
+])
+def test_opening_sequences(method, settings, expected):
+    assert history(method, **settings) == expected
+
+
+def test_fun_opens_the_largest_trace_measured_afresh_and_only_when_it_chooses():
+    traces = iter([[5.0, 9.0, 1.0], [5.0, 99.0, 5.0]])  # block 1; then 2, the higher of equals, though 1 leads
+    assert history("fun", score=lambda: next(traces)) == [(0, 1), (2, 2), (4, 0)]
+    assert next(traces, "all read") == "all read"
+
+
+@pytest.mark.parametrize("method", ["standard", "gu", "rev", "lpft", "rand", "order", "none"])
+def test_other_methods_never_measure(method):
+    def score():
+        raise AssertionError("measured")
+
+    history(method, score=score, order=[0, 1, 2] if method == "order" else None)
+
+
+def test_rand_opens_every_block_once_by_its_seed_and_all_orders_occur():
+    orders = [tuple(block for _, block in history("rand", seed=seed)) for seed in range(60)]
+    assert orders == [tuple(block for _, block in history("rand", seed=seed)) for seed in range(60)]
+    assert set(orders) == set(itertools.permutations(range(3)))
+    assert [step for step, _ in history("rand")] == [0, 2, 4]
+
+
+def test_a_repeated_step_opens_nothing():
+    unfreezer = Unfreezer(linears(), "gu", k=2)
+    assert [unfreezer.step(0), unfreezer.step(0), unfreezer.step(1), unfreezer.step(2)] == [[2], [], [], [1]]
+
+
+@pytest.mark.parametrize("method", ["gu", "rand", "fun", "lpft"])
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_a_schedule_continues_where_it_was_saved(method, stop, tmp_path):
+    def new():
+        return Unfreezer(linears(5), method, k=1, score=lambda: [3, 1, 4, 1, 5], seed=7)
+
+    whole, first, second = new(), new(), new()
+    for step in range(8):
+        whole.step(step)
+    for step in range(stop):
+        first.step(step)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert second.trainable == first.trainable
+    assert [block.weight.requires_grad for block in second.blocks] == [index in first.trainable for index in range(5)]
+    for step in range(stop, 8):
+        second.step(step)
+    assert second.history == whole.history and second.trainable == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="saved schedule has k 1"):
+        Unfreezer(linears(5), method, k=2, score=list, seed=7).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"method": "top-down", "k": 1}, "unknown method 'top-down': choose one of standard, gu"),
+    ({"method": "gu", "k": 0}, "k must be"), ({"method": "gu", "k": 2.0}, "k must be"),
+    ({"method": "fun", "k": 1}, "needs `score`"), ({"method": "order", "k": 1}, "order must hold"),
+    ({"method": "order", "k": 1, "order": [0, 0, 1]}, "order must hold"),
+])
+def test_impossible_schedules_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Unfreezer(linears(), **settings)
+
+
+@pytest.mark.parametrize("method", ["gu", "rev", "rand", "fun", "lpft", "standard", "none"])
+def test_a_frozen_block_keeps_every_bit_and_has_no_adam_state_until_it_opens_and_then_moves(method):
+    model = tiny_model()
+    blocks = add_task_adapters(model)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad],
+                                  lr=1e-2, weight_decay=0.1)
+    unfreezer = Unfreezer(blocks, method, k=2, score=lambda: fisher_trace(model, [batch()], blocks), seed=1)
+
+    def weights(module):
+        return [parameter.detach().clone() for parameter in module.parameters()]
+
+    base = weights(model.roberta.embeddings)
+    for step in range(2 * LAYERS):
+        unfreezer.step(step)
+        before, head = [weights(block) for block in blocks], weights(model.classifier)
+        model(**batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for index, block in enumerate(blocks):
+            moved = [not torch.equal(one, two) for one, two in zip(before[index], weights(block))]
+            has_state = [parameter in optimizer.state for parameter in block.parameters()]
+            assert moved == has_state == [index in unfreezer.trainable] * 4, f"block {index} at step {step}"
+        assert not any(torch.equal(one, two) for one, two in zip(head, weights(model.classifier)))
+    assert len(unfreezer.trainable) == (0 if method == "none" else LAYERS)
+    assert all(torch.equal(one, two) for one, two in zip(base, weights(model.roberta.embeddings)))
+
+
+# ---- the script -----------------------------------------------------------------------------------------------
+
+WORDS = {"en": ["red", "blue", "cat", "dog"], "de": ["rot", "blau", "katze", "hund"], "zh-CN": ["红", "蓝", "猫", "狗"]}
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory) -> Path:
+    """A tiny model with a word-level tokenizer, and a colour-or-animal task in three languages."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    folder = tmp_path_factory.mktemp("assets")
+    words = ["<s>", "<pad>", "</s>", "<unk>", "a", "nice", *itertools.chain(*WORDS.values())]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"]).save_pretrained(folder / "model")
+    tiny_model(hidden_size=64, hidden_dropout_prob=0.0).base_model.save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    for name in ("train.en", "validation.en", "test.en", "test.de", "test.zh-CN"):
+        words = WORDS[name.split(".")[1]]
+        rows = [{"text": f"{'a nice ' * (i % 3)}{words[i % 4]}", "label": "colour" if i % 4 < 2 else "animal"}
+                for i in range(42 if name == "train.en" else 12)]
+        (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def command(assets: Path, out: Path, *options) -> list[str]:
+    return ["classify", "--model", str(assets / "model"), "--data", str(assets / "data"), "--out", str(out),
+            "--steps", "9", "--batch-size", "8", "--lr", "0.01", "--k", "2", "--max-length", "20", "--device", "cpu",
+            *map(str, options)]
+
+
+def outcome(out: Path) -> dict:
+    """All that a run leaves, timings and paths aside."""
+    results = json.loads((out / "results.json").read_text())
+    del results["wall_seconds"], results["settings"]["out"], results["settings"]["overwrite"]
+    files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert set(files) == {"results.json", "log.jsonl", "adapter/adapter_config.json", "adapter/pytorch_adapter.bin",
+                          "head/head_config.json", "head/pytorch_model_head.bin"}
+    return files | {"results.json": results}
+
+
+def test_a_run_leaves_what_it_promises_and_the_same_seed_gives_the_same_bits(assets, tmp_path):
+    for out in ("one", "two"):
+        environment = os.environ | {"PYTHONHASHSEED": "1" if out == "one" else "2"}
+        run = subprocess.run([sys.executable, HERE / "unfreeze.py", *command(assets, tmp_path / out, "--method", "fun")],
+                             capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+    assert outcome(tmp_path / "one") == outcome(tmp_path / "two")
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert (results["task"], results["method"], results["adapter"], results["seed"], results["k"], results["steps"]) \
+        == ("classify", "fun", "pfeiffer", 0, 2, 9)
+    assert [step for step, _ in results["order"]] == [0, 2, 4, 6] and list(results["scores"]) == ["en", "de", "zh-CN"]
+    targets = [results["scores"][language]["accuracy"] for language in ("de", "zh-CN")]
+    assert results["average"]["accuracy"] == pytest.approx(sum(targets) / 2)
+    log = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
+    assert [event["blocks"] for event in log if event["event"] == "open"] == [[block] for _, block in results["order"]]
+    for event in (event for event in log if event["event"] == "fisher"):
+        assert len(event["trace"]) == LAYERS
+        assert event["average"] == pytest.approx(sum(event["trace"]) / len(event["trainable"]))
+        opened = [block for step, block in results["order"] if step <= event["step"]]
+        assert event["trainable"] == sorted(opened)
+        frozen_before = {block for step, block in results["order"] if step >= event["step"]}
+        if len(frozen_before) > 1 and event["step"] in (0, 2, 4):  # FUN took the largest of those then frozen
+            assert opened[-1] == max(frozen_before, key=event["trace"].__getitem__)
+    assert "open 4/4" in run.stderr and "loss" in run.stderr and "tr(F)" in run.stdout
+
+
+def test_another_seed_and_another_method_give_another_adapter_but_measuring_does_not(assets, tmp_path):
+    runs = {"base": [], "seed": ["--seed", 1], "method": ["--method", "rev"],
+            "measured": ["--fisher-every", 1, "--fisher-labels", "exact", "--fisher-batches", 1]}
+    for name, options in runs.items():
+        assert unfreeze.main(command(assets, tmp_path / name, *options)) == 0
+    adapters = {name: outcome(tmp_path / name)["adapter/pytorch_adapter.bin"] for name in runs}
+    assert adapters["base"] == adapters["measured"] and len(set(adapters.values())) == 3
+    events = (tmp_path / "measured" / "log.jsonl").read_text().count('"fisher"')
+    assert events == 10  # before each of 9 steps and at the end
+
+
+def test_the_task_is_learnt_and_the_best_validation_weights_are_the_ones_kept(assets, tmp_path):
+    assert unfreeze.main(command(assets, tmp_path / "run", "--steps", "150", "--k", "1")) == 0
+    results = outcome(tmp_path / "run")["results.json"]
+    assert results["scores"]["en"]["accuracy"] == 100
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    validation = [event["accuracy"] for event in log if event.get("split") == "validation"]
+    assert results["validation"] == max(validation) and len(validation) == 25
+
+
+def test_accuracy_equals_a_loop_over_single_examples(assets):
+    settings = unfreeze.parse(command(assets, Path("none")))
+    splits, texts, labels = unfreeze.load_data(settings)
+    tokenizer, model, blocks = unfreeze.load_model(settings, labels)
+    randomise(blocks)
+    examples = unfreeze.encode(splits["train"], texts, labels, tokenizer, 20)
+    pad = transformers.DataCollatorWithPadding(tokenizer)
+    right = 0
+    for row in splits["train"]:
+        logits = model.eval()(**tokenizer(row["text"], return_tensors="pt")).logits
+        right += sorted({row["label"] for row in splits["train"]})[logits.argmax()] == row["label"]
+    assert unfreeze.accuracy(model, examples, pad, lambda: torch.autocast("cpu", enabled=False)) == \
+        pytest.approx(100 * right / 42)
+
+
+def test_pairs_of_texts_subsets_bf16_and_a_chosen_language(assets, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(assets / "data", data)
+    for path in data.iterdir():
+        rows = [json.loads(line) | {"text_pair": "nice"} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data", data, "--train-examples", 20, "--test-examples", 5, "--languages", "de", "--bf16"]
+    assert unfreeze.main(command(assets, tmp_path / "run", *options)) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["scores"]) == ["en", "de"]
+    assert all(score["accuracy"] % 20 == 0 for score in results["scores"].values())  # of 5 examples
+
+
+def test_xnli_reads_its_own_columns_and_every_preset_is_table_3(assets, tmp_path):
+    for name in ("train.en", "validation.en", "test.en", "test.sw"):
+        rows = [{"premise": "a nice cat", "hypothesis": "red", "label": i % 3} for i in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["xnli", *command(assets, tmp_path / "run", "--data", tmp_path, "--languages", "sw")[1:]]
+    assert unfreeze.main(options) == 0
+    assert list(outcome(tmp_path / "run")["results.json"]["scores"]) == ["en", "sw"]
+    for model_type, ks in (("xlm-roberta", (800, 800, 800)), ("bert", (25, 800, 50))):
+        for method, k in zip(("lpft", "gu", "fun"), ks):
+            full = unfreeze.resolve(unfreeze.Settings("xnli", method=method), model_type, 12, 392_702)
+            assert (full.k, full.epochs, full.steps, full.lr, full.batch_size) == (k, 15, 46_020, 5e-4, 128)
+
+
+def test_report_prints_means_and_deviations_over_seeds(tmp_path, capsys):
+    for seed, average in ((0, 40.0), (1, 42.0)):
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "results.json").write_text(json.dumps({
+            "task": "classify", "model": "m", "adapter": "pfeiffer", "method": "gu", "seed": seed, "wall_seconds": 9,
+            "order": [[0, 1], [5, 0]], "average": {"accuracy": average},
+            "scores": {"en": {"accuracy": 80.0}, "de": {"accuracy": average + 1}, "sw": {"accuracy": average - 1}}}))
+    assert unfreeze.main(["report", str(tmp_path / "0"), str(tmp_path / "1")]) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row == "| gu | 2 | 80.0 ± 0.0 | 41.0 ± 1.4 | sw 40.0, de 42.0 | 1 0 | 9 |"
+
+
+def spoil(name: str, content: str | None):
+    def change(folder: Path) -> None:
+        if content is None:
+            (folder / "data" / name).unlink()
+        else:
+            (folder / "data" / name).write_text(content)
+
+    return change
+
+
+ROW = '{"text": "red", "label": "colour"}\n'
+BAD_INPUTS = {
+    "unknown task": (["xnly"], None, "invalid choice: 'xnly'"),
+    "unknown method": (["--method", "top"], None, "invalid choice: 'top'"),
+    "unknown option": (["--learning-rate", "1"], None, "unrecognized arguments: --learning-rate"),
+    "unknown language": (["--languages", "de,xx"], None, "no file test.xx.jsonl in"),
+    "k 0": (["--k", "0"], None, "--k must be at least 1, not 0"),
+    "lr 0": (["--lr", "0"], None, "--lr must be a positive number"),
+    "lr text": (["--lr", "fast"], None, "invalid float value: 'fast'"),
+    "epochs and steps": (["--epochs", "1"], None, "--epochs and --steps exclude each other"),
+    "order missing": (["--method", "order"], None, "--order"),
+    "order incomplete": (["--method", "order", "--order", "3,2"], None, "each of the blocks 0..3 once"),
+    "order of words": (["--method", "order", "--order", "top"], None, "--order top"),
+    "long": (["--max-length", "39"], None, "more than the model's 38 positions"),
+    "no folder": (["--data", "/no/such/folder"], None, "missing data file /no/such/folder/train.en.jsonl"),
+    "no model": (["--model", "/no/such/model"], None, "cannot load model '/no/such/model'"),
+    "missing file": ([], spoil("validation.en.jsonl", None), "missing data file"),
+    "missing English test": ([], spoil("test.en.jsonl", None), "no file test.en.jsonl"),
+    "empty file": ([], spoil("test.de.jsonl", ""), "test.de.jsonl is empty"),
+    "no column": ([], spoil("train.en.jsonl", ROW + '{"text": "red"}\n'), "train.en.jsonl:2: no column 'label'"),
+    "not JSON": ([], spoil("train.en.jsonl", ROW + "red\n"), "train.en.jsonl:2: not a JSON object"),
+    "text a number": ([], spoil("train.en.jsonl", '{"text": 1, "label": 1}'), "column 'text' must be a string"),
+    "label a float": ([], spoil("train.en.jsonl", '{"text": "a", "label": 1.5}'), "must be a string or an integer"),
+    "unseen label": ([], spoil("test.de.jsonl", ROW + ROW.replace("colour", "plant")), "test.de.jsonl:2: label 'plant'"),
+    "no weights": ([], lambda folder: (folder / "model" / "model.safetensors").unlink(), "has no weights"),
+    "cut weights": ([], lambda folder: os.truncate(folder / "model" / "model.safetensors", 999), "cannot load model"),
+    "no config": ([], lambda folder: (folder / "model" / "config.json").unlink(), "cannot load model"),
+    "out is a file": (["--out", "/dev/null"], None, "/dev/null"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_gives_one_line_and_status_2(name, assets, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    options, change, message = BAD_INPUTS[name]
+    shutil.copytree(assets, tmp_path / "copy")
+    if change:
+        change(tmp_path / "copy")
+    arguments = command(tmp_path / "copy", tmp_path / "run", *options)
+    assert unfreeze.main(options if options == ["xnly"] else arguments) == 2
+    error = capsys.readouterr().err
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last and error.count("error: ") == 1 and "Traceback" not in error
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_finished_run_is_kept_unless_overwriting_is_asked_for(assets, tmp_path, capsys):
+    assert unfreeze.main(command(assets, tmp_path / "run")) == 0
+    before = outcome(tmp_path / "run")
+    assert unfreeze.main(command(assets, tmp_path / "run", "--seed", 1)) == 2
+    assert "holds a finished run" in capsys.readouterr().err and outcome(tmp_path / "run") == before
+    assert unfreeze.main(command(assets, tmp_path / "run", "--seed", 1, "--overwrite")) == 0
+    assert outcome(tmp_path / "run")["results.json"]["seed"] == 1
+
+
+def test_a_full_disk_is_one_line(assets, tmp_path):
+    script = f"ulimit -f 1; exec {sys.executable} {HERE / 'unfreeze.py'} \"$@\""  # no file above 512 or 1,024 bytes
+    run = subprocess.run(["bash", "-c", script, "bash", *command(assets, tmp_path / "run", "--fisher-every", 1)],
+                         capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.strip().splitlines()[-1].startswith("error: "), run.stderr
+    assert "Traceback" not in run.stderr and not (tmp_path / "run" / "results.json").exists()

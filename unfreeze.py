@@ -1,0 +1,598 @@
+"""Scheduled unfreezing of task adapters for zero-shot cross-lingual transfer, in one plain PyTorch loop.
+
+Liu, Pfeiffer, Vulić, Gurevych. FUN with Fisher: Improving Generalization of Adapter-Based Cross-lingual Transfer
+with Scheduled Unfreezing. NAACL 2024 (Algorithm 1, Table 3).
+
+    python extras/demo.py                                                  # a small model and data, from PyPI alone
+    python unfreeze.py classify --data demo/data --model demo/model --method gu
+    python unfreeze.py xnli --data FOLDER --method fun                     # XLM-R base, the paper's preset
+    python unfreeze.py report runs/*                                       # a table over finished runs
+
+    from unfreeze import Unfreezer                                         # the schedule in a loop of your own
+    unfreezer = Unfreezer(blocks, "gu", k=800); ...; unfreezer.step(i)     # before training step i
+
+Train on English only, open the adapters block by block, report tr(F), select on English validation, test in every
+language. Departure from the official code: GU opens its second block after k steps (there 2k), FUN chooses its
+first block by tr(F) as Algorithm 1 says (there always the top one), and tr(F) is equation 1 (see fisher.py).
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS; read when CUDA starts
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+from adapters import add_task_adapters, save_adapter, save_head, write_atomically
+from fisher import LABELS, fisher_trace
+
+
+class UserError(Exception):
+    """A mistake the user can mend: printed as one line, exit status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Algorithm 1: which blocks open at which step
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def largest_trace(frozen: list[int], score: Callable) -> list[int]:
+    """The frozen block with the largest tr(F), the higher one of equals; the last one needs no measurement."""
+    if len(frozen) == 1:
+        return frozen
+    trace = [float(value) for value in score()]
+    return [max(frozen, key=lambda block: (trace[block], block))]
+
+
+# SELECT() of Algorithm 1, by method: (frozen blocks bottom to top, interval i / k, score, order, generator) -> blocks
+SCHEDULES = {
+    "standard": lambda frozen, *_: frozen,
+    "gu": lambda frozen, *_: frozen[-1:],
+    "lpft": lambda frozen, interval, *_: frozen if interval else [],
+    "rand": lambda frozen, _, __, ___, generator: [
+        frozen[int(torch.randint(len(frozen), (1,), generator=generator))]
+    ],
+    "fun": lambda frozen, _, score, *__: largest_trace(frozen, score),
+    "rev": lambda frozen, *_: frozen[:1],
+    "order": lambda frozen, _, __, order, ___: [next(block for block in order if block in frozen)],
+    "none": lambda *_: [],
+}
+
+
+class Unfreezer:
+    """Algorithm 1: freezes all blocks, then opens (`requires_grad`) those due before each training step.
+
+    blocks: modules, bottom to top. method: one of SCHEDULES. k: the interval in steps. score: a callable that returns
+    one number per block, called only when FUN chooses. order: a permutation of the blocks, for method "order".
+    Give the optimizer ALL parameters of all blocks once: a frozen one has `grad=None` and is skipped, with no decay,
+    no momentum and no state. Raises ValueError for an impossible method, k, score or order.
+    """
+
+    def __init__(self, blocks: list[nn.Module], method: str, k: int, score: Callable | None = None,
+                 order: list[int] | None = None, seed: int = 0):
+        if method not in SCHEDULES:
+            raise ValueError(f"unknown method {method!r}: choose one of {', '.join(SCHEDULES)}")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k must be a whole number of steps, at least 1, not {k!r}")
+        if method == "fun" and score is None:
+            raise ValueError("method 'fun' needs `score`, a callable that returns one number per block")
+        if method == "order" and sorted(order or []) != list(range(len(blocks))):
+            raise ValueError(f"order must hold each of the blocks 0..{len(blocks) - 1} once, not {order!r}")
+        self.blocks, self.method, self.k, self.score, self.order = list(blocks), method, k, score, order
+        self.generator = torch.Generator().manual_seed(seed)
+        self.history: list[tuple[int, int]] = []  # (step, block) in the order of opening
+        self._set_requires_grad()
+
+    @property
+    def trainable(self) -> list[int]:
+        return sorted(block for _, block in self.history)
+
+    def step(self, i: int) -> list[int]:
+        """Open the blocks due before training step i (from 0) and return them; a repeated call opens nothing."""
+        frozen = [block for block in range(len(self.blocks)) if block not in self.trainable]
+        due = i % self.k == 0 and i <= self.k * len(self.blocks) and all(step < i for step, _ in self.history)
+        if not frozen or not due:
+            return []
+        opened = list(SCHEDULES[self.method](frozen, i // self.k, self.score, self.order, self.generator))
+        self.history += [(i, block) for block in opened]
+        self._set_requires_grad()
+        return opened
+
+    def state_dict(self) -> dict:
+        return {"method": self.method, "k": self.k, "blocks": len(self.blocks), "order": self.order,
+                "history": [list(entry) for entry in self.history], "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state` was saved. Raises ValueError if it belongs to another schedule."""
+        mine = self.state_dict()
+        for key in ("method", "k", "blocks", "order"):
+            if state[key] != mine[key]:
+                raise ValueError(f"the saved schedule has {key} {state[key]!r}, this one {mine[key]!r}")
+        self.history = [tuple(entry) for entry in state["history"]]
+        self.generator.set_state(state["generator"])
+        self._set_requires_grad()
+
+    def _set_requires_grad(self) -> None:
+        for index, block in enumerate(self.blocks):
+            block.requires_grad_(index in self.trainable)
+            if index not in self.trainable:
+                block.zero_grad(set_to_none=True)  # a zero-filled gradient would still decay and gather momentum
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings and presets
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def option(default, text: str, **keywords):
+    return field(default=default, metadata={"help": text} | keywords)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line. None stands for the preset of task, model and method, filled in by `resolve`."""
+
+    task: str
+    method: str = option("gu", "which blocks open when", choices=list(SCHEDULES))
+    order: str | None = option(None, "for --method order: all block numbers, first opened first", metavar="11,10,…")
+    k: int | None = option(None, "steps between two openings", type=int)
+    model: str = option("FacebookAI/xlm-roberta-base", "a folder or a hub name (XLM-R, RoBERTa, BERT)")
+    data: str | None = option(None, "folder with train.en.jsonl, validation.en.jsonl, test.<language>.jsonl")
+    languages: str | None = option(None, "test languages beside English (default: the task's)", metavar="de,sw,…")
+    epochs: int | None = option(None, "passes over the training data", type=int)
+    steps: int | None = option(None, "training steps, instead of --epochs", type=int)
+    lr: float | None = option(None, "learning rate at the start", type=float)
+    batch_size: int | None = option(None, "training examples per step", type=int)
+    max_length: int = option(128, "tokens per example; longer ones are cut", type=int)
+    train_examples: int | None = option(None, "train on a random sample of this size", type=int)
+    test_examples: int | None = option(None, "test on the first so many of each language", type=int)
+    seed: int = option(0, "of head, adapters, dropout, data order and Rand", type=int)
+    fisher_every: int = option(0, "steps between two reports of tr(F); 0: each epoch", type=int)
+    fisher_labels: str = option("sampled", "labels of tr(F)", choices=list(LABELS))
+    fisher_batches: int = option(4, "training batches per measurement of tr(F)", type=int)
+    device: str | None = option(None, "default: cuda when there is one", choices=["cpu", "cuda"])
+    bf16: bool = option(False, "bfloat16 autocast", action="store_true")
+    out: str | None = option(None, "the run's folder (default: runs/TASK-MODEL-METHOD-SEED)")
+    overwrite: bool = option(False, "replace a finished run", action="store_true")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task on one text or a pair: its columns, labels and the paper's test languages."""
+
+    texts: tuple[str, ...]
+    optional_text: str | None = None  # used where the training file has it
+    labels: tuple | None = None  # None: those of the training file
+    languages: tuple[str, ...] | None = None  # None: every test file there is
+
+
+TASKS = {
+    "xnli": Task(("premise", "hypothesis"), labels=(0, 1, 2),  # bg, fr and ur have no language adapter for XLM-R
+                 languages=("en", "ar", "de", "el", "es", "hi", "ru", "sw", "th", "tr", "vi", "zh")),
+    "classify": Task(("text",), optional_text="text_pair"),
+}
+
+# Table 3. k: LPFT / GU / FUN; methods of which the table says nothing take GU's.
+PRESETS = {
+    ("xnli", "bert"): {"epochs": 15, "lr": 5e-4, "batch_size": 128, "k": {"lpft": 25, "gu": 800, "fun": 50}},
+    ("xnli", "xlm-roberta"): {"epochs": 15, "lr": 5e-4, "batch_size": 128, "k": {"gu": 800}},
+    ("classify", "xlm-roberta"): {"epochs": 3, "lr": 5e-4, "batch_size": 32, "k": None},  # ours: see `resolve`
+}
+
+
+def resolve(settings: Settings, model_type: str, layers: int, train_examples: int) -> Settings:
+    """Fill in the presets. Without a k in Table 3, the last block opens after a fifth of the steps (kL/N = 0.2)."""
+    preset = PRESETS.get((settings.task, model_type)) or PRESETS[settings.task, "xlm-roberta"]
+    batch_size = settings.batch_size or preset["batch_size"]
+    per_epoch = math.ceil(train_examples / batch_size)
+    epochs = None if settings.steps else settings.epochs or preset["epochs"]
+    steps = settings.steps or epochs * per_epoch
+    by_method = preset["k"] or {"gu": max(1, round(0.2 * steps / layers))}
+    k = settings.k or by_method.get(settings.method, by_method["gu"])
+    return dataclasses.replace(settings, k=k, epochs=epochs, steps=steps, lr=settings.lr or preset["lr"],
+                               batch_size=batch_size)
+
+
+def check(settings: Settings) -> None:
+    """Refuse numbers that cannot work, before anything is loaded or written."""
+    for name, least in {"k": 1, "epochs": 1, "steps": 1, "batch_size": 1, "max_length": 8, "train_examples": 1,
+                        "test_examples": 1, "seed": 0, "fisher_every": 0, "fisher_batches": 1}.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if settings.lr is not None and not 0 < settings.lr < math.inf:
+        raise UserError(f"--lr must be a positive number, not {settings.lr}")
+    if settings.epochs and settings.steps:
+        raise UserError("--epochs and --steps exclude each other: give one of them")
+    if (settings.method == "order") != (settings.order is not None):
+        raise UserError("--method order and --order 11,10,… go together: give both or neither")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    if settings.data is None:
+        raise UserError(f"--data is missing: name the folder that holds train.en.jsonl for {settings.task}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data: JSON lines in, token ids out
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path, texts: tuple[str, ...], labels: list | None) -> list[dict]:
+    """The rows of one file; every one is checked, and an error names file and line."""
+    if not path.is_file():
+        raise UserError(f"missing data file {path}: --data must hold train.en.jsonl, validation.en.jsonl and "
+                        "test.<language>.jsonl")
+    rows = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError:
+                row = None
+            check_row(row, f"{path}:{number}", texts, labels)
+            rows.append(row)
+    if not rows:
+        raise UserError(f"{path} is empty: it needs one JSON object a line")
+    return rows
+
+
+def check_row(row: dict, place: str, texts: tuple[str, ...], labels: list | None) -> None:
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: not a JSON object in UTF-8; each line must be one")
+    for column in (*texts, "label"):
+        if row.get(column) is None:
+            raise UserError(f"{place}: no column {column!r}; each line needs {', '.join((*texts, 'label'))}")
+    for column in texts:
+        if not isinstance(row[column], str):
+            raise UserError(f"{place}: column {column!r} must be a string, not {row[column]!r}")
+    if type(row["label"]) not in (int, str):
+        raise UserError(f"{place}: label {row['label']!r} must be a string or an integer")
+    if labels is not None and row["label"] not in labels:
+        raise UserError(f"{place}: label {row['label']!r} is not one of the training labels "
+                        f"({', '.join(map(str, labels[:5]))}{', …' * (len(labels) > 5)})")
+
+
+def load_data(settings: Settings) -> tuple[dict[str, list[dict]], tuple[str, ...], list]:
+    """The splits (train, validation, one per test language with English first), the text columns and the labels."""
+    task, folder = TASKS[settings.task], Path(settings.data)
+    texts, train = task.texts, read_rows(folder / "train.en.jsonl", task.texts, task.labels)
+    if task.optional_text in train[0]:
+        texts = (*task.texts, task.optional_text)
+        train = read_rows(folder / "train.en.jsonl", texts, task.labels)
+    labels = list(task.labels or sorted({row["label"] for row in train}, key=lambda label: (str(type(label)), label)))
+    splits = {"train": train, "validation": read_rows(folder / "validation.en.jsonl", texts, labels)}
+    for language in test_languages(settings, folder):
+        splits[language] = read_rows(folder / f"test.{language}.jsonl", texts, labels)[: settings.test_examples]
+    if settings.train_examples and settings.train_examples < len(train):
+        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
+        splits["train"] = [train[i] for i in chosen[: settings.train_examples].sort().values]
+    return splits, texts, labels
+
+
+def test_languages(settings: Settings, folder: Path) -> list[str]:
+    """English, then those asked for, by default the task's."""
+    there = sorted(path.name.split(".")[1] for path in folder.glob("test.*.jsonl"))
+    wanted = settings.languages.split(",") if settings.languages else TASKS[settings.task].languages or there
+    for language in ("en", *wanted):
+        if language not in there:
+            raise UserError(f"no file test.{language}.jsonl in {folder}, only for {', '.join(there) or 'no language'}: "
+                            "add it or choose with --languages")
+    return ["en", *(language for language in dict.fromkeys(wanted) if language != "en")]
+
+
+def encode(rows: list[dict], texts: tuple[str, ...], labels: list, tokenizer, max_length: int) -> list[dict]:
+    """One dictionary of token ids, attention mask and label number per row, unpadded."""
+    encoded = tokenizer(*([row[column] for row in rows] for column in texts), truncation=True, max_length=max_length)
+    return [{key: values[i] for key, values in encoded.items()} | {"labels": labels.index(row["label"])}
+            for i, row in enumerate(rows)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model and evaluation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load_model(settings: Settings, labels: list):
+    """Tokenizer, model with a new classification head, and its blocks; weights are read from safetensors only."""
+    folder = Path(settings.model)
+    if folder.is_dir() and not list(folder.glob("model*.safetensors")):
+        raise UserError(f"model folder {folder} has no weights: it needs model.safetensors beside config.json")
+    names = [str(label) for label in labels]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            settings.model, use_safetensors=True, id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)})
+        blocks = add_task_adapters(model)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"cannot load model {settings.model!r} ({str(error).strip().splitlines()[0]}): --model takes a "
+                        "folder with config.json, model.safetensors and a tokenizer, or a hub name") from None
+    positions = model.config.max_position_embeddings - (2 if "roberta" in model.config.model_type else 0)
+    if settings.max_length > positions:
+        raise UserError(f"--max-length {settings.max_length} is more than the model's {positions} positions")
+    return tokenizer, model, blocks
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, examples: list[dict], collate: Callable, autocast: Callable) -> float:
+    """Percent of examples classified right, computed in eval mode in batches of similar length."""
+    model.eval()
+    by_length = sorted(examples, key=lambda example: len(example["input_ids"]))
+    right = 0
+    for start in range(0, len(by_length), 64):
+        batch = collate(by_length[start : start + 64])
+        with autocast():
+            right += (model(**batch).logits.argmax(-1) == batch["labels"]).sum().item()
+    return 100 * right / len(examples)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def train(settings: Settings) -> None:
+    """One run, from the data to results.json in its folder."""
+    started = time.time()
+    check(settings)
+    out = run_folder(settings)
+    splits, texts, labels = load_data(settings)
+    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(settings.seed)
+    tokenizer, model, blocks = load_model(settings, labels)
+    model.to(device)
+    settings = resolve(settings, model.config.model_type, len(blocks), len(splits["train"]))
+    splits = {name: encode(rows, texts, labels, tokenizer, settings.max_length) for name, rows in splits.items()}
+    examples, pad = splits["train"], DataCollatorWithPadding(tokenizer)
+
+    def collate(examples: list[dict]) -> dict:
+        return {key: value.to(device) for key, value in pad(examples).items()}
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
+
+    # ONE optimizer over all that will ever train: one built from the open blocks would never step those opened later.
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=settings.lr, weight_decay=0.0)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)  # no warm-up
+
+    traces: dict[int, list[float]] = {}  # by step: FUN's choice and the report share one measurement
+
+    def trace() -> list[float]:
+        if step not in traces:
+            generator = torch.Generator().manual_seed(settings.seed * 100_003 + step)  # training does not notice
+            batches = fisher_batches(settings, examples, generator, collate)
+            with autocast():
+                traces[step] = fisher_trace(model, batches, blocks, settings.fisher_labels, generator).tolist()
+        return traces[step]
+
+    try:
+        order = [int(block) for block in settings.order.split(",")] if settings.order else None
+        unfreezer = Unfreezer(blocks, settings.method, settings.k, trace, order, settings.seed)
+    except ValueError as error:
+        raise UserError(f"--order {settings.order}: {error}") from None
+    introduce(settings, splits, len(blocks), device)
+    log = open_log(out)
+    per_epoch = math.ceil(len(examples) / settings.batch_size)
+    losses, best, best_accuracy = [], None, -1.0
+    progress = tqdm(range(settings.steps), desc=settings.method, mininterval=1, dynamic_ncols=True)
+    for step in progress:
+        epoch, position = divmod(step, per_epoch)
+        if position == 0:
+            shuffled = train_order(settings.seed, epoch, len(examples))
+        opened = unfreezer.step(step)  # Algorithm 1: add the blocks that SELECT() names to S
+        if opened:
+            log("open", step, blocks=opened)
+        if step in traces or step % (settings.fisher_every or per_epoch) == 0:
+            report_trace(log, step, trace(), unfreezer.trainable)
+
+        model.train()
+        chosen = shuffled[position * settings.batch_size : (position + 1) * settings.batch_size]
+        with autocast():
+            loss = model(**collate([examples[i] for i in chosen])).loss
+        loss.backward()  # reaches down to the lowest open block and no further
+        nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()  # a frozen block has grad=None and is left alone
+        optimizer.zero_grad()
+        decay.step()
+
+        losses.append(loss.detach())
+        if (step + 1) % 10 == 0 or step + 1 == settings.steps:  # the only read-back from the device
+            value, losses = torch.stack(losses).mean().item(), []
+            if not math.isfinite(value):
+                raise UserError(f"the loss is {value} near step {step}: lower --lr (now {settings.lr})")
+            log("train", step, loss=value, lr=decay.get_last_lr()[0])
+            progress.set_postfix_str(f"loss {value:.3f}, open {len(unfreezer.trainable)}/{len(blocks)}")
+        if position + 1 == per_epoch or step + 1 == settings.steps:
+            validation = accuracy(model, splits["validation"], collate, autocast)
+            log("eval", step, split="validation", language="en", accuracy=validation)
+            if validation > best_accuracy:
+                best, best_accuracy = [parameter.detach().clone() for parameter in learned], validation
+    step = settings.steps
+    report_trace(log, step, trace(), unfreezer.trainable)
+
+    with torch.no_grad():
+        for parameter, value in zip(learned, best):
+            parameter.copy_(value)
+    scores = {}
+    for language in [name for name in splits if name not in ("train", "validation")]:
+        scores[language] = {"accuracy": accuracy(model, splits[language], collate, autocast)}
+        log("eval", step, split="test", language=language, **scores[language])
+    save_adapter(model, "task", out / "adapter", with_head=False)
+    save_head(model, out / "head")
+    targets = [score["accuracy"] for language, score in scores.items() if language != "en"]
+    results = {
+        "task": settings.task, "method": settings.method, "adapter": "pfeiffer", "model": settings.model,
+        "seed": settings.seed, "k": settings.k, "steps": settings.steps, "order": unfreezer.history,
+        "scores": scores, "average": {"accuracy": mean(targets)} if targets else {}, "validation": best_accuracy,
+        "settings": dataclasses.asdict(settings), "wall_seconds": round(time.time() - started, 1),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__},
+    }
+    write_atomically(out / "results.json", (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
+    print(f"{out}: English {scores['en']['accuracy']:.1f}, mean of {len(targets)} target languages "
+          f"{mean(targets or [math.nan]):.1f}, {results['wall_seconds']:.0f} s")
+
+
+def run_folder(settings: Settings) -> Path:
+    """Where the run goes; a finished run there is refused unless --overwrite."""
+    out = Path(settings.out or f"runs/{settings.task}-{Path(settings.model).name}-{settings.method}-{settings.seed}")
+    if (out / "results.json").exists() and not settings.overwrite:
+        raise UserError(f"{out} holds a finished run: choose another --out or pass --overwrite")
+    return out
+
+
+def open_log(out: Path) -> Callable:
+    """Start log.jsonl in the run's folder; returns log(event, step, **fields), which writes one line."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = (out / "log.jsonl").open("w", encoding="utf-8")
+    (out / "results.json").unlink(missing_ok=True)  # from here on the folder is a run in progress
+
+    def log(event: str, step: int, **fields) -> None:
+        file.write(json.dumps({"event": event, "step": step} | fields) + "\n")
+        file.flush()
+
+    return log
+
+
+def introduce(settings: Settings, splits: dict, blocks: int, device: torch.device) -> None:
+    """Print the resolved settings, so that nothing that shaped a run is hidden."""
+    languages = [name for name in splits if name not in ("train", "validation")]
+    print(f"{settings.task}, {settings.method}: {len(splits['train'])} training examples, {settings.steps} steps of "
+          f"{settings.batch_size}, lr {settings.lr:g}, k {settings.k}, {blocks} blocks, seed {settings.seed}, {device}")
+    print(f"validation: {len(splits['validation'])} in English; test: {' '.join(languages)}", flush=True)
+    if settings.method not in ("standard", "lpft", "none") and settings.k * (blocks - 1) >= settings.steps:
+        print(f"note: with k = {settings.k} the last block would open at step {settings.k * (blocks - 1)}, after the "
+              f"last of {settings.steps} steps: a smaller --k opens all")
+
+
+def train_order(seed: int, epoch: int, examples: int) -> list[int]:
+    """Every example once, in an order that depends on seed and epoch alone."""
+    return torch.randperm(examples, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
+
+
+def fisher_batches(settings: Settings, examples: list, generator: torch.Generator, collate: Callable) -> list[dict]:
+    """Randomly drawn training batches for one measurement, grouped by length."""
+    size = settings.batch_size
+    chosen = torch.randperm(len(examples), generator=generator)[: settings.fisher_batches * size].tolist()
+    chosen = sorted((examples[i] for i in chosen), key=lambda example: len(example["input_ids"]))
+    return [collate(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+
+
+def report_trace(log: Callable, step: int, trace: list[float], trainable: list[int]) -> None:
+    """Log and print tr(F): one number per block, bottom to top, and the paper's average per trainable block."""
+    average = sum(trace) / len(trainable) if trainable else None
+    log("fisher", step, trace=trace, trainable=trainable, average=average)
+    if step == 0:
+        tqdm.write("tr(F)  step  per open block │" + "".join(f"{'b' + str(block):>8}" for block in range(len(trace)))
+                   + "   (* open)")
+    row = "".join(f"{value:>7.2g}{'*' if block in trainable else ' '}" for block, value in enumerate(trace))
+    tqdm.write(f"{step:>11}{average if average is not None else math.nan:>16.3g} │{row}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def report(folders: list[str]) -> None:
+    """Print one Markdown table over finished runs: a row per task, model and method, mean ± std over seeds."""
+    groups: dict[tuple, list[dict]] = {}
+    for folder in folders:
+        try:
+            run = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+            groups.setdefault((run["task"], run["model"], run["adapter"], run["method"]), []).append(run)
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"no readable results.json in {folder}: give the folders of finished runs") from None
+    if not groups:
+        raise UserError("report needs folders of finished runs, for example runs/*")
+    print("| method | seeds | English | mean of targets | five weakest languages | opening order | seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for (*_, method), runs in groups.items():
+        runs.sort(key=lambda run: run["seed"])
+        weakest = sorted((mean(run["scores"][language]["accuracy"] for run in runs), language)
+                         for language in runs[0]["scores"] if language != "en")[:5]
+        orders = {opening_order(run) for run in runs}
+        print(f"| {method} | {len(runs)} | {spread([run['scores']['en']['accuracy'] for run in runs])} "
+              f"| {spread([run['average']['accuracy'] for run in runs])} "
+              f"| {', '.join(f'{language} {value:.1f}' for value, language in weakest)} "
+              f"| {orders.pop() if len(orders) == 1 else 'differs, see below'} "
+              f"| {mean(run['wall_seconds'] for run in runs):.0f} |")
+    for (*_, method), runs in groups.items():
+        if len({opening_order(run) for run in runs}) > 1:
+            print(*(f"\n{method}, seed {run['seed']}: {opening_order(run)}" for run in runs), sep="")
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def opening_order(run: dict) -> str:
+    """Blocks in the order of opening (0 is the bottom); those opened at one step share a line of their own."""
+    steps = {step for step, _ in run["order"]}
+    if len(steps) == 1 and len(run["order"]) > 1:
+        return f"all at step {steps.pop()}"
+    return " ".join(str(block) for _, block in run["order"]) or "none"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: list[str]) -> Settings:
+    parser = argparse.ArgumentParser(prog="unfreeze.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+
+    def refuse(message: str):
+        raise UserError(f"{message} (see python unfreeze.py --help)")
+
+    parser.error = refuse
+    parser.add_argument("task", choices=TASKS, help="the task, or `report FOLDER…` for a table over finished runs")
+    for entry in dataclasses.fields(Settings)[1:]:
+        parser.add_argument("--" + entry.name.replace("_", "-"), default=entry.default, **entry.metadata)
+    return Settings(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; returns the exit status: 0 done, 2 a user's mistake, 130 or 143 interrupted."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        if arguments[:1] == ["report"]:
+            report(arguments[1:])
+        else:
+            train(parse(arguments))
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'writing the run'}: {error.strerror or error}; check the path, its permissions "
+              "and the space on its disk, or choose another --out", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing is finished; the same command starts anew", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
