@@ -1,21 +1,21 @@
 """Pfeiffer bottleneck adapters for XLM-R, RoBERTa and BERT, written out by hand.
 
-Source: Pfeiffer et al. 2021 (AdapterFusion) and 2020 (MAD-X); equations, names and files as in AdapterHub's library.
+Pfeiffer et al., MAD-X, EMNLP 2020. Equations, parameter names and files are those of AdapterHub's library.
 
     from adapters import add_task_adapters, save_adapter
     blocks = add_task_adapters(model)           # any Hugging Face head; freezes the base model
-    blocks[-1].requires_grad_(False)            # a block is one layer's adapter, the unit of unfreezing
+    blocks[-1].requires_grad_(False)            # a block: one layer's adapter, the unit of unfreezing
     ...                                         # train with any loop: the head and the open blocks learn
     save_adapter(model, "task", "my_adapter")   # AdapterHub's on-disk format
 
-In layer N, let x be the output of the attention sublayer (after its LayerNorm), LN the layer's own LayerNorm:
+In a layer, x is the attention sublayer's output and h the feed-forward sublayer's before its LayerNorm LN:
 
-    x ──┬── intermediate, GELU ── dense ── dropout ── h ──┬────────────── h (residual) ──────────────┐
-        │                                                 │                                          │
-        ├───────────────────────── (+) ───────────────────┘                                          │
-        │                          LN ── down ── ReLU ── up ───────────────────────────────────────(+) h'
-        └──────────────────────────────────────────────────────────────────── (+) ───────────────────┘
-                                                                              LN ── layer output
+    x ─────────┬───────────────────────────────────────────┐
+               ▼                                           ▼
+    h ──┬────►(+)───► LN ───► down ───► ReLU ───► up ───►(+)(+)───► LN ───► layer output
+        └─────────────────────────────────────────────────┘
+
+that is  h' = up(ReLU(down(LN(h + x)))) + h  and  output = LN(h' + x), with the layer's own LN in both.
 """
 
 import io
@@ -30,16 +30,16 @@ MODEL_TYPES = ("xlm-roberta", "roberta", "bert")  # post-LayerNorm encoders with
 
 
 class BottleneckAdapter(nn.Module):
-    """h' = up(ReLU(down(LN(h + x)))) + h with a bottleneck of hidden_size // reduction_factor.
+    """h' = up(ReLU(down(LN(h + x)))) + h through a bottleneck of hidden_size // reduction_factor units.
 
-    Weights start as normal(0, 0.02) and biases as 0, so `up` is not zero and a new adapter is not the identity.
+    Weights start as normal(0, 0.02), biases as 0: `up` is not zero, and a new adapter is not the identity.
     """
 
     def __init__(self, hidden_size: int, reduction_factor: int):
         super().__init__()
         bottleneck = int(hidden_size // reduction_factor) if reduction_factor > 0 else 0
         if bottleneck < 1:
-            raise ValueError(f"reduction_factor must be in 1..{hidden_size} (the hidden size), not {reduction_factor}")
+            raise ValueError(f"reduction_factor must be in 1..{hidden_size}, not {reduction_factor}")
         self.reduction_factor = reduction_factor
         self.adapter_down = nn.Sequential(nn.Linear(hidden_size, bottleneck), nn.ReLU())
         self.adapter_up = nn.Linear(bottleneck, hidden_size)
@@ -53,8 +53,8 @@ class BottleneckAdapter(nn.Module):
 
 class AdaptedOutput(nn.Module):
     """A layer's output sublayer with room for adapters. It takes over the original's modules under their own
-    names, so the base model's parameter names and checkpoints stay valid; with no active adapter it computes the
-    very same numbers. Being a plain module, it follows deepcopy, pickle, `.to()` and `state_dict()`."""
+    names, so the base model's parameter names and checkpoints stay valid; with no active adapter it computes
+    the very same numbers. It is a plain module, hence deepcopy, pickle, `.to()` and `state_dict()` work."""
 
     def __init__(self, original: nn.Module):
         super().__init__()
@@ -74,7 +74,7 @@ def add_task_adapters(model: nn.Module, reduction_factor: int = 16, name: str = 
     """Patch one new Pfeiffer adapter into every encoder layer, make it the active one, freeze the base model.
 
     Returns the blocks, bottom layer first. The head keeps its `requires_grad`; the adapters have it set.
-    Raises ValueError for a model type other than MODEL_TYPES, a name in use, or an impossible reduction factor.
+    Raises ValueError for a model type outside MODEL_TYPES, a name in use, or an impossible reduction factor.
     """
     layers = _encoder_layers(model)
     if not name or "." in name:
@@ -93,7 +93,7 @@ def add_task_adapters(model: nn.Module, reduction_factor: int = 16, name: str = 
 
 
 def save_adapter(model: nn.Module, name: str, folder: str | Path, with_head: bool = True) -> None:
-    """Write the adapter (and the head beside it) in AdapterHub's format; each file appears whole or not at all.
+    """Write the adapter (and the head beside it) in AdapterHub's format, each file whole or not at all.
 
     `adapter_config.json` and `pytorch_adapter.bin`, whose keys are the parameter names in the model.
     Raises ValueError if the model has no adapter of that name.
@@ -105,8 +105,9 @@ def save_adapter(model: nn.Module, name: str, folder: str | Path, with_head: boo
     config = {
         "mh_adapter": False, "output_adapter": True, "reduction_factor": block.reduction_factor,
         "non_linearity": "relu", "original_ln_before": True, "original_ln_after": True, "ln_before": False,
-        "ln_after": False, "residual_before_ln": True, "adapter_residual_before_ln": False, "is_parallel": False,
-        "scaling": 1.0, "leave_out": [], "inv_adapter": None, "inv_adapter_reduction_factor": None,
+        "ln_after": False, "residual_before_ln": True, "adapter_residual_before_ln": False,
+        "is_parallel": False, "scaling": 1.0, "leave_out": [], "inv_adapter": None,
+        "inv_adapter_reduction_factor": None,
     }
     _write_folder(folder, "adapter_config.json", {"config": config, "name": name} | _model_facts(model),
                   "pytorch_adapter.bin", weights)
@@ -118,13 +119,15 @@ def save_head(model: nn.Module, folder: str | Path) -> None:
     """Write all parameters outside the base model as `head_config.json` and `pytorch_model_head.bin`."""
     base = model.base_model_prefix + "."
     weights = {key: value for key, value in model.state_dict().items() if not key.startswith(base)}
-    facts = {"config": None, "name": None, "num_labels": model.config.num_labels, "label2id": model.config.label2id}
-    _write_folder(folder, "head_config.json", facts | _model_facts(model), "pytorch_model_head.bin", weights)
+    config = {"config": None, "name": None, "num_labels": model.config.num_labels}
+    config |= {"label2id": model.config.label2id} | _model_facts(model)
+    _write_folder(folder, "head_config.json", config, "pytorch_model_head.bin", weights)
 
 
 def _encoder_layers(model: nn.Module) -> nn.ModuleList:
     if model.config.model_type not in MODEL_TYPES:
-        raise ValueError(f"no adapters for model type {model.config.model_type!r}: only for {', '.join(MODEL_TYPES)}")
+        known = ", ".join(MODEL_TYPES)
+        raise ValueError(f"no adapters for model type {model.config.model_type!r}, only for {known}")
     layers = model.base_model.encoder.layer
     assert len(layers) == model.config.num_hidden_layers
     return layers
@@ -135,7 +138,7 @@ def _model_facts(model: nn.Module) -> dict:
             "model_name": model.config._name_or_path, "model_type": model.config.model_type}
 
 
-def _write_folder(folder: str | Path, config_name: str, config: dict, weights_name: str, weights: dict) -> None:
+def _write_folder(folder: str | Path, config_name: str, config: dict, weights_name: str, weights: dict):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()  # torch.save to a path would store the path's name: the same weights, other bytes
@@ -145,7 +148,7 @@ def _write_folder(folder: str | Path, config_name: str, config: dict, weights_na
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename: readers see the old file or the new one, and a full disk harms neither."""
+    """Write beside `path`, then rename: the file there is the old or the new one, even if the disk is full."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:

@@ -5,12 +5,12 @@ Liu et al. 2024 (FUN with Fisher), equation 1:  tr(F) = E_x E_{y ~ p(y|x)} || gr
     from fisher import fisher_trace
     blocks = [model.layers[0], model.layers[1]]            # any modules whose parameters sit in nn.Linear
     trace = fisher_trace(model, batches, blocks)           # batches: dicts for model(**batch); [len(blocks)]
-    trace = fisher_trace(model, batches, blocks, labels="exact")   # all classes instead of one draw per example
+    trace = fisher_trace(model, batches, blocks, labels="exact")   # all classes, not one draw per example
 
-How: the gradients g of log p with respect to the OUTPUTS of the blocks' linear layers come from one backward pass
-for the whole batch, since no example influences another. A linear layer with inputs x_t and output gradients g_t has
-the per-example weight gradient sum_t g_t x_t^T, summed over tokens BEFORE it is squared. No weight gradient is
-formed, so `.grad` and `requires_grad` play no part and frozen blocks are measured like open ones.
+How: one backward pass over a batch gives the gradients g of log p with respect to the OUTPUTS of the blocks'
+linear layers, for every example on its own, since no example influences another. A layer with inputs x_t and
+output gradients g_t has the weight gradient sum_t g_t x_t^T, summed over tokens t BEFORE it is squared. No
+weight gradient is formed, and `requires_grad` plays no part: frozen blocks are measured like open ones.
 The official code differs: it takes the argmax label and squares the gradient of the batch mean.
 """
 
@@ -34,11 +34,11 @@ def fisher_trace(
 ) -> torch.Tensor:
     """tr(F) of each block: the mean over examples of || grad log p(y|x) ||^2, as float64 [len(blocks)].
 
-    labels: "sampled" draws one y per example from the model's own output (equation 1) with `generator` (None: a
-    fresh one with seed 0); "exact" takes the expectation over all C classes, in C backward passes.
-    The model runs in eval mode and must return `.logits` [B, C]; parameters, `.grad`, modes, hooks and the global
-    random state are left as they were, also after an exception.
-    Raises ValueError for no batches, a block without parameters or with parameters outside nn.Linear, an output
+    labels: "sampled" draws one y per example from the model's own output (equation 1) with `generator` (None:
+    a fresh one with seed 0); "exact" takes the expectation over all C classes, in C backward passes.
+    The model runs in eval mode and must return `.logits` [B, C]. Parameters, `.grad`, modes, hooks and the
+    global random state are left as they were, also after an exception.
+    Raises ValueError for no batches, a block without parameters or with some outside nn.Linear, an output
     without logits, or logits that are not finite.
     """
     if labels not in LABELS:
@@ -66,18 +66,18 @@ def fisher_trace(
 
 
 def _linear_layers(index: int, block: nn.Module) -> list[nn.Linear]:
-    owners = [module for module in block.modules() if next(module.parameters(recurse=False), None) is not None]
+    owners = [module for module in block.modules() if list(module.parameters(recurse=False))]
     if not owners:
         raise ValueError(f"block {index} has no parameters")
     for module in owners:
         if not isinstance(module, nn.Linear):
-            raise ValueError(f"block {index} has parameters in {type(module).__name__}: only nn.Linear is supported")
+            raise ValueError(f"block {index} has parameters in {type(module).__name__}, only nn.Linear works")
     return owners
 
 
 @contextmanager
 def _recorded(model: nn.Module, linears: list[nn.Linear]) -> Iterator[dict]:
-    """Eval mode and, per linear layer, the list of its calls as (input, output); everything restored on exit."""
+    """Eval mode and, by linear layer, the list of its calls as (input, output); all is restored on exit."""
     calls: dict[nn.Linear, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def record(linear, inputs, output):
@@ -123,7 +123,8 @@ def _squared_norms(linear: nn.Linear, calls: list, gradient_of: dict, examples: 
         return torch.zeros(examples, device=linear.weight.device)
 
     def by_example(tensor):  # [B, H], [B, T, H] or, for multiple choice, [B * C, T, H] -> [B, tokens, H]
-        return tensor.reshape(examples, -1, tensor.shape[-1]).to(torch.promote_types(tensor.dtype, torch.float32))
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return tensor.reshape(examples, -1, tensor.shape[-1])
 
     x = torch.cat([by_example(x) for x, _ in calls], dim=1)  # [B, T, in]; a layer called twice is one sum
     g = torch.cat([by_example(g) for _, g in calls], dim=1)  # [B, T, out]

