@@ -148,7 +148,7 @@ def _write_folder(folder: str | Path, config_name: str, config: dict, weights_na
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename: the file there is the old or the new one, even if the disk is full."""
+    """Write beside `path`, then rename: the file is the old or the new one, even on a full disk."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:

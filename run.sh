@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Sets up an environment where none is active, then trains, compares or tests.
 #
-#   bash run.sh demo [options]              standard, gu and fun on a small real model and data, from PyPI alone
+#   bash run.sh demo [options]              standard, gu and fun on a small real model and real data
 #   bash run.sh demo METHOD|all [options]   one method; all: standard, gu, fun, rand and rev with seeds 0 to 3
 #   bash run.sh TASK [METHOD] [options]     one run of `python unfreeze.py TASK --method METHOD`
 #   bash run.sh test [options]              the tests; options go to pytest
 #
-# Options go to unfreeze.py (python unfreeze.py --help). The demo's runs go to runs/demo-METHOD-SEED; finished ones
-# are kept unless --overwrite is among the options.
+# Options go to unfreeze.py (python unfreeze.py --help). The demo's runs go to runs/demo-METHOD-SEED; finished
+# ones are kept unless --overwrite is among the options.
 set -euo pipefail
 started_in=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -66,5 +66,8 @@ case $task in
             all) demo "standard gu fun rand rev" "0 1 2 3" "$@" ;;
             *) demo "$method" 0 "$@" ;;
         esac ;;
-    *) set_up && cd "$started_in" && python "$OLDPWD/unfreeze.py" "$task" ${method:+--method "$method"} "$@" ;;
+    *)
+        set_up
+        cd "$started_in"  # --data and --out are the caller's
+        python "$OLDPWD/unfreeze.py" "$task" ${method:+--method "$method"} "$@" ;;
 esac

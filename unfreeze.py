@@ -78,8 +78,8 @@ class Unfreezer:
     """Algorithm 1: freezes all blocks, then opens (`requires_grad`) those due before each training step.
 
     blocks: modules, bottom to top. method: a key of SELECT. k: the interval in steps. score: a callable that
-    returns a number per block, called only when FUN chooses. order: a permutation of the blocks, for "order".
-    Give the optimizer ALL parameters of all blocks, once: a frozen one has `grad=None` and is skipped, without
+    returns a number per block, called only when FUN chooses. order: all blocks in their order, for "order".
+    Give the optimizer ALL parameters of all blocks, once: a frozen one has `grad=None` and is skipped, no
     decay, momentum or state. Raises ValueError for an impossible method, k, score or order.
     """
 
@@ -296,8 +296,8 @@ def test_languages(settings: Settings, folder: Path) -> list[str]:
     wanted = settings.languages.split(",") if settings.languages else TASKS[settings.task].languages or there
     for language in ("en", *wanted):
         if language not in there:
-            raise UserError(f"no file test.{language}.jsonl in {folder}, only {', '.join(there) or 'none'}: add it "
-                            "or choose with --languages")
+            known = ", ".join(there) or "no language"
+            raise UserError(f"no file test.{language}.jsonl in {folder}, only for {known}: use --languages")
     return ["en", *(language for language in dict.fromkeys(wanted) if language != "en")]
 
 
@@ -492,12 +492,13 @@ def introduce(settings: Settings, splits: dict, blocks: int, device: torch.devic
           f"test languages {' '.join(languages)}", flush=True)
     last = settings.k * {"standard": 0, "none": 0, "lpft": 1}.get(settings.method, blocks - 1)
     if last >= settings.steps:
-        print(f"note: k = {settings.k} would open the last block at step {last} of {settings.steps}: lower --k")
+        print(f"note: k {settings.k} would open the last block at step {last} of {settings.steps}; lower --k")
 
 
 def train_order(seed: int, epoch: int, examples: int) -> list[int]:
     """Every example once, in an order that depends on seed and epoch alone."""
-    return torch.randperm(examples, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    return torch.randperm(examples, generator=generator).tolist()
 
 
 def fisher_batches(settings: Settings, examples: list, generator: torch.Generator, collate: Callable) -> list:
@@ -554,8 +555,8 @@ def report(folders: list[str]) -> None:
 
 
 def report_row(method: str, runs: list[dict]) -> list[str]:
-    targets = [language for language in runs[0]["scores"] if language != "en"]
-    by_language = [(mean(run["scores"][language]["accuracy"] for run in runs), language) for language in targets]
+    by_language = [(mean(run["scores"][language]["accuracy"] for run in runs), language)
+                   for language in runs[0]["scores"] if language != "en"]
     orders = {opening_order(run) for run in runs}
     return [method, str(len(runs)), spread([run["scores"]["en"]["accuracy"] for run in runs]),
             spread([run["average"].get("accuracy", math.nan) for run in runs]),

@@ -2,8 +2,8 @@
 
     python extras/bench.py steps     # what a training step costs when only the top blocks are open
 
-The model has the demo's shape (12 layers of 384, random weights); batches are 32 rows of random tokens. A round runs
-every variant once, in turn, so that a slow spell of the machine falls on all; the table gives the median over rounds.
+The model has the demo's shape (12 layers of 384, random weights), a batch 32 rows of random tokens. A round
+runs every variant once, in turn, so that a slow spell of the machine falls on all; figures are medians.
 """
 
 import sys
@@ -27,14 +27,15 @@ def steps() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = XLMRobertaForSequenceClassification(XLMRobertaConfig(
-        vocab_size=1000, hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536,
-        max_position_embeddings=514, num_labels=35)).to(device).train()
+        vocab_size=1000, hidden_size=384, num_hidden_layers=12, num_attention_heads=12,
+        intermediate_size=1536, max_position_embeddings=514, num_labels=35)).to(device).train()
     blocks = add_task_adapters(model)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-4, weight_decay=0.0)
-    print(f"12 layers x 384, {ROWS} rows, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("| tokens a row | " + " | ".join(f"{count} open" for count in OPEN_BLOCKS) + " |")
-    print("|---|" + "---|" * len(OPEN_BLOCKS))
+    print(f"a step's time over standard's (12 open); 12 layers x 384, {ROWS} rows, {device}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print("| tokens a row | " + " | ".join(f"{count} open" for count in OPEN_BLOCKS) + " | standard |")
+    print("|---|" + "---|" * len(OPEN_BLOCKS) + "---|")
     for tokens in (16, 64, 128):
         batch = {"input_ids": torch.randint(5, 1000, (ROWS, tokens), device=device),
                  "attention_mask": torch.ones(ROWS, tokens, dtype=torch.long, device=device),
@@ -49,8 +50,8 @@ def steps() -> None:
                 if round_:  # the first round warms up
                     seconds[count].append(elapsed)
         standard = median(seconds[12])
-        print(f"| {tokens} | " + " | ".join(f"{median(seconds[count]) / standard:.2f}" for count in OPEN_BLOCKS)
-              + f" |  (standard: {1000 * standard:.0f} ms)", flush=True)
+        ratios = " | ".join(f"{median(seconds[count]) / standard:.2f}" for count in OPEN_BLOCKS)
+        print(f"| {tokens} | {ratios} | {1000 * standard:.0f} ms |", flush=True)
 
 
 def timed_step(model, batch: dict, learned: list, optimizer: torch.optim.Optimizer) -> float:

