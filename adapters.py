@@ -61,7 +61,7 @@ class AdaptedOutput(nn.Module):
         self.dense, self.LayerNorm, self.dropout = original.dense, original.LayerNorm, original.dropout
         self.adapters = nn.ModuleDict()
         self.active: list[str] = []  # names of the adapters in play, bottom of the stack first
-        self.train(original.training)
+        self.training = original.training
 
     def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
         h = self.dropout(self.dense(hidden_states))  # [B, T, 4H] -> [B, T, H]

@@ -328,6 +328,7 @@ def test_impossible_measurements_are_refused():
     nn.init.constant_(broken.classifier.out_proj.bias, float("nan"))
     for call, message in [(lambda: fisher_trace(model, [], blocks), "no batches"),
                           (lambda: fisher_trace(model, [batch()], [nn.ReLU()]), "block 0 has no parameters"),
+                          (lambda: fisher_trace(model, [batch()], [nn.Linear(2, 2)]), "no block took part"),
                           (lambda: fisher_trace(model, [batch()], [nn.LayerNorm(4)]), "in LayerNorm"),
                           (lambda: fisher_trace(model, [batch()], blocks, "golden"), "labels must be one of"),
                           (lambda: fisher_trace(broken, [batch()], [broken.classifier.dense]), "not finite"),
@@ -576,6 +577,14 @@ def test_pairs_of_texts_subsets_bf16_and_a_chosen_language(assets, tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results["scores"]) == ["en", "de"]
     assert all(score["accuracy"] % 20 == 0 for score in results["scores"].values())  # of 5 examples
+
+
+@pytest.mark.parametrize("decay, last", [("linear", 0.0), ("constant", 0.01)])
+def test_the_learning_rate_falls_linearly_to_zero_or_stays(decay, last, assets, tmp_path):
+    assert unfreeze.main(command(assets, tmp_path / "run", "--decay", decay, "--steps", "20")) == 0
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    rates = [event["lr"] for event in log if event["event"] == "train"]  # after steps 10 and 20
+    assert rates == pytest.approx([(0.01 + last) / 2, last])
 
 
 def test_xnli_reads_its_own_columns_and_every_preset_is_table_3(assets, tmp_path):
