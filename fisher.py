@@ -38,8 +38,8 @@ def fisher_trace(
     a fresh one with seed 0); "exact" takes the expectation over all C classes, in C backward passes.
     The model runs in eval mode and must return `.logits` [B, C]. Parameters, `.grad`, modes, hooks and the
     global random state are left as they were, also after an exception.
-    Raises ValueError for no batches, a block without parameters or with some outside nn.Linear, blocks that the
-    model does not call, an output without logits, or logits that are not finite.
+    Raises ValueError for no batches, a block without parameters or with some outside nn.Linear, blocks that
+    the model does not call, an output without logits, or logits that are not finite.
     """
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}, not {labels!r}")

@@ -600,18 +600,20 @@ def test_xnli_reads_its_own_columns_and_every_preset_is_table_3(assets, tmp_path
             assert (full.k, full.epochs, full.steps, full.lr, full.batch_size) == (k, 15, 46_020, 5e-4, 128)
 
 
-def test_report_prints_means_and_deviations_over_seeds(tmp_path, capsys):
-    for seed, average in ((0, 40.0), (1, 42.0)):
-        (tmp_path / str(seed)).mkdir()
-        (tmp_path / str(seed) / "results.json").write_text(json.dumps({
-            "task": "classify", "model": "m", "adapter": "pfeiffer", "method": "gu", "seed": seed,
+def test_report_prints_means_and_deviations_over_seeds_and_pairs_methods_by_seed(tmp_path, capsys):
+    for method, seed, average in (("gu", 1, 42), ("gu", 0, 40), ("standard", 0, 39), ("standard", 1, 38)):
+        folder = tmp_path / f"{method}-{seed}"
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps({
+            "task": "classify", "model": "m", "adapter": "pfeiffer", "method": method, "seed": seed,
             "wall_seconds": 9, "order": [[0, 1], [5, 0]], "average": {"accuracy": average},
             "scores": {language: {"accuracy": value} for language, value in
                        (("en", 80), ("de", average + 1), ("sw", average - 1))}}))
-    assert unfreeze.main(["report", str(tmp_path / "0"), str(tmp_path / "1")]) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| gu"))
-    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        "gu", "2", "80.0 ± 0.0", "41.0 ± 1.4", "sw 40.0, de 42.0", "1 0", "9"]
+    assert unfreeze.main(["report", *map(str, sorted(tmp_path.iterdir()))]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| gu", "| standard"))]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert cells == [["standard", "2", "80.0 ± 0.0", "38.5 ± 0.7", "-", "sw 37.5, de 39.5", "1 0", "9"],
+                     ["gu", "2", "80.0 ± 0.0", "41.0 ± 1.4", "+2.5 ± 2.1", "sw 40.0, de 42.0", "1 0", "9"]]
 
 
 def spoil(name: str, content: str | None):

@@ -549,10 +549,11 @@ def report(folders: list[str]) -> None:
     if not tables:
         raise UserError("report needs folders of finished runs, for example runs/*")
     for title, methods in tables.items():
+        methods = {method: methods[method] for method in SELECT if method in methods} | methods
         print(f"\n{title}\n")
-        rows = [["method", "seeds", "English", "mean of targets", "five weakest languages", "opening order",
-                 "seconds"]]
-        rows += [report_row(method, runs) for method, runs in methods.items()]
+        rows = [["method", "seeds", "English", "mean of targets", "over standard", "five weakest languages",
+                 "opening order", "seconds"]]
+        rows += [report_row(method, runs, methods.get("standard", [])) for method, runs in methods.items()]
         widths = [max(map(len, column)) for column in zip(*rows)]
         rows.insert(1, ["-" * width for width in widths])
         for row in rows:
@@ -563,19 +564,26 @@ def report(folders: list[str]) -> None:
         print()
 
 
-def report_row(method: str, runs: list[dict]) -> list[str]:
+def report_row(method: str, runs: list[dict], standard: list[dict]) -> list[str]:
+    """One method's cells; "over standard" pairs runs of one seed and gives mean ± std of the differences."""
+    baseline = {run["seed"]: run["average"].get("accuracy", math.nan) for run in standard}
+    gains = [run["average"].get("accuracy", math.nan) - baseline[run["seed"]]
+             for run in runs if run["seed"] in baseline and method != "standard"]
     by_language = [(mean(run["scores"][language]["accuracy"] for run in runs), language)
                    for language in runs[0]["scores"] if language != "en"]
     orders = {opening_order(run) for run in runs}
     return [method, str(len(runs)), spread([run["scores"]["en"]["accuracy"] for run in runs]),
-            spread([run["average"].get("accuracy", math.nan) for run in runs]),
+            spread([run["average"].get("accuracy", math.nan) for run in runs]), spread(gains, "+"),
             ", ".join(f"{language} {value:.1f}" for value, language in sorted(by_language)[:5]),
             orders.pop() if len(orders) == 1 else "by seed, below",
             f"{mean(run['wall_seconds'] for run in runs):.0f}"]
 
 
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean ± sample standard deviation; the mean alone of a single value, a dash of none."""
+    if not values:
+        return "-"
+    return f"{mean(values):{sign}.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def opening_order(run: dict) -> str:
