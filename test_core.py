@@ -579,6 +579,14 @@ def test_pairs_of_texts_subsets_bf16_and_a_chosen_language(assets, tmp_path):
     assert all(score["accuracy"] % 20 == 0 for score in results["scores"].values())  # of 5 examples
 
 
+def test_a_sample_keeps_the_order_and_is_the_same_for_the_same_seed():
+    rows = list(range(100))
+    picked = [unfreeze.sample(rows, 10, seed) for seed in (0, 0, 1)]
+    assert picked[0] == picked[1] != picked[2]
+    assert picked[0] == sorted(set(picked[0])) and len(picked[0]) == 10
+    assert picked[0][-1] > 50 and unfreeze.sample(rows, None, 3) == unfreeze.sample(rows, 500, 3) == rows
+
+
 @pytest.mark.parametrize("decay, last", [("linear", 0.0), ("constant", 0.01)])
 def test_the_learning_rate_falls_linearly_to_zero_or_stays(decay, last, assets, tmp_path):
     assert unfreeze.main(command(assets, tmp_path / "run", "--decay", decay, "--steps", "20")) == 0

@@ -162,7 +162,7 @@ class Settings:
     batch_size: int | None = option(None, "training examples per step", type=int)
     max_length: int = option(128, "tokens per example; longer ones are cut", type=int)
     train_examples: int | None = option(None, "train on a random sample of this size", type=int)
-    test_examples: int | None = option(None, "test on the first so many of each language", type=int)
+    test_examples: int | None = option(None, "test on a fixed random sample of each language", type=int)
     seed: int = option(0, "of head, adapters, dropout, data order and Rand", type=int)
     fisher_every: int = option(0, "steps between two reports of tr(F); 0: each epoch", type=int)
     fisher_labels: str = option("sampled", "labels of tr(F)", choices=list(LABELS))
@@ -284,11 +284,15 @@ def load_data(settings: Settings) -> tuple[dict[str, list[dict]], tuple[str, ...
     splits = {"train": train, "validation": read_rows(folder / "validation.en.jsonl", texts, labels)}
     for language in test_languages(settings, folder):
         rows = read_rows(folder / f"test.{language}.jsonl", texts, labels)
-        splits[language] = rows[: settings.test_examples]
-    if settings.train_examples and settings.train_examples < len(train):
-        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
-        splits["train"] = [train[i] for i in chosen[: settings.train_examples].sort().values]
+        splits[language] = sample(rows, settings.test_examples, seed=0)  # every run tests on the same ones
+    splits["train"] = sample(train, settings.train_examples, settings.seed)
     return splits, texts, labels
+
+
+def sample(rows: list[dict], count: int | None, seed: int) -> list[dict]:
+    """`count` rows at random in their own order, or all: files are often sorted by label."""
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
+    return [rows[i] for i in chosen.sort().values]
 
 
 def test_languages(settings: Settings, folder: Path) -> list[str]:
