@@ -1,32 +1,54 @@
-"""Pfeiffer bottleneck adapters for XLM-R, RoBERTa and BERT, written out by hand.
+"""Pfeiffer adapters, MAD-X language adapters and LoRA for XLM-R, RoBERTa and BERT, written out by hand.
 
-Pfeiffer et al., MAD-X, EMNLP 2020. Equations, parameter names and files are those of AdapterHub's library.
+Pfeiffer et al., MAD-X, EMNLP 2020; Hu et al., LoRA, ICLR 2022. Equations, parameter names and files are those
+of AdapterHub's library (adapters 1.3), so its adapters load here and ours load there.
 
-    from adapters import add_task_adapters, save_adapter
-    blocks = add_task_adapters(model)           # any Hugging Face head; freezes the base model
-    blocks[-1].requires_grad_(False)            # a block: one layer's adapter, the unit of unfreezing
-    ...                                         # train with any loop: the head and the open blocks learn
-    save_adapter(model, "task", "my_adapter")   # AdapterHub's on-disk format
+    add_language_adapter(model, "en", "AdapterHub/xlm-roberta-base-en-wiki_pfeiffer")   # or a folder; frozen
+    blocks = add_task_adapters(model)           # or add_lora: one block per layer, the unit of unfreezing
+    set_language(model, "en"); ...              # train with any loop: the head and the open blocks learn
+    save_adapter(model, "task", "my_adapter")   # and load_adapter(model, "my_adapter") elsewhere
+    set_language(model, "sw")                   # zero-shot: another language below the same task adapter
 
 In a layer, x is the attention sublayer's output and h the feed-forward sublayer's before its LayerNorm LN:
 
-    x ─────────┬───────────────────────────────────────────┐
-               ▼                                           ▼
-    h ──┬────►(+)───► LN ───► down ───► ReLU ───► up ───►(+)(+)───► LN ───► layer output
-        └─────────────────────────────────────────────────┘
+    for each adapter of the stack, the language's below the task's:   h <- up(ReLU(down(LN(h + x)))) + h
+    output of the layer:                                              LN(h + x)
 
-that is  h' = up(ReLU(down(LN(h + x)))) + h  and  output = LN(h' + x), with the layer's own LN in both.
+with the layer's own LN throughout. DeBERTa-v2 and v3 work too, except for LoRA.
 """
 
 import io
 import json
+import math
 import os
+import re
 from pathlib import Path
 
 import torch
 from torch import nn
 
-MODEL_TYPES = ("xlm-roberta", "roberta", "bert")  # post-LayerNorm encoders with `encoder.layer[N].output`
+MODEL_TYPES = ("xlm-roberta", "roberta", "bert", "deberta-v2")  # post-LayerNorm: `encoder.layer[N].output`
+ATTENTION = {"query": "q", "key": "k", "value": "v"}  # LoRA's targets, and what the files call them
+NON_LINEARITIES = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": lambda: nn.GELU("tanh"), "swish": nn.SiLU,
+                   "silu": nn.SiLU, "leakyrelu": nn.LeakyReLU, "tanh": nn.Tanh}
+
+SEQ_BN = {  # AdapterHub's names for everything one can vary, with the values of a Pfeiffer adapter
+    "mh_adapter": False, "output_adapter": True, "reduction_factor": 16, "non_linearity": "relu",
+    "original_ln_before": True, "original_ln_after": True, "ln_before": False, "ln_after": False,
+    "residual_before_ln": True, "adapter_residual_before_ln": False, "is_parallel": False, "scaling": 1.0,
+    "use_gating": False, "cross_adapter": False, "dropout": 0.0, "phm_layer": False, "stochastic_depth": 0.0,
+    "leave_out": [], "inv_adapter": None, "inv_adapter_reduction_factor": None,
+}
+LORA = {
+    "architecture": "lora", "selfattn_lora": True, "intermediate_lora": False, "output_lora": False,
+    "leave_out": [], "r": 8, "alpha": 8, "dropout": 0.0, "attn_matrices": ["q", "v"], "use_dora": False,
+    "composition_mode": "add", "use_gating": False, "vera_d": None, "vera_b": None,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Modules
+# ------------------------------------------------------------------------------------------------------------
 
 
 class BottleneckAdapter(nn.Module):
@@ -35,20 +57,29 @@ class BottleneckAdapter(nn.Module):
     Weights start as normal(0, 0.02), biases as 0: `up` is not zero, and a new adapter is not the identity.
     """
 
-    def __init__(self, hidden_size: int, reduction_factor: int):
+    def __init__(self, hidden_size: int, config: dict):
         super().__init__()
-        bottleneck = int(hidden_size // reduction_factor) if reduction_factor > 0 else 0
-        if bottleneck < 1:
-            raise ValueError(f"reduction_factor must be in 1..{hidden_size}, not {reduction_factor}")
-        self.reduction_factor = reduction_factor
-        self.adapter_down = nn.Sequential(nn.Linear(hidden_size, bottleneck), nn.ReLU())
+        self.config, bottleneck = config, _bottleneck(hidden_size, config["reduction_factor"])
+        down = [nn.Linear(hidden_size, bottleneck), NON_LINEARITIES[config["non_linearity"]]()]
+        if config["ln_before"]:  # AdapterHub's files hold this LayerNorm under both names
+            self.adapter_norm_before = nn.LayerNorm(hidden_size)
+            down.insert(0, self.adapter_norm_before)
+        self.adapter_down = nn.Sequential(*down)
         self.adapter_up = nn.Linear(bottleneck, hidden_size)
-        for linear in (self.adapter_down[0], self.adapter_up):
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        if config["ln_after"]:
+            self.adapter_norm_after = nn.LayerNorm(hidden_size)
+        self.apply(_start_as_bert)
 
-    def forward(self, h: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        return self.adapter_up(self.adapter_down(normed)) + h  # [B, T, H] -> [B, T, b] -> [B, T, H]
+    def forward(self, h: torch.Tensor, x: torch.Tensor, layer_norm: nn.Module) -> torch.Tensor:
+        config = self.config
+        read = layer_norm(h + x) if config["original_ln_before"] else h
+        residual = h if config["residual_before_ln"] else read
+        up = self.adapter_up(self.adapter_down(read))  # [B, T, H] -> [B, T, b] -> [B, T, H]
+        if not config["ln_after"]:
+            return torch.add(residual, up, alpha=config["scaling"])
+        if config["adapter_residual_before_ln"]:
+            return self.adapter_norm_after(torch.add(residual, up, alpha=config["scaling"]))
+        return residual + self.adapter_norm_after(config["scaling"] * up)
 
 
 class AdaptedOutput(nn.Module):
@@ -56,86 +87,353 @@ class AdaptedOutput(nn.Module):
     names, so the base model's parameter names and checkpoints stay valid; with no active adapter it computes
     the very same numbers. It is a plain module, hence deepcopy, pickle, `.to()` and `state_dict()` work."""
 
-    def __init__(self, original: nn.Module):
+    def __init__(self, original: nn.Module, stack: list[str]):
         super().__init__()
         self.dense, self.LayerNorm, self.dropout = original.dense, original.LayerNorm, original.dropout
-        self.adapters = nn.ModuleDict()
-        self.active: list[str] = []  # names of the adapters in play, bottom of the stack first
+        self.adapters = nn.ModuleDict().train(original.training)
+        self.stack = stack  # one list for the whole model
+        self.original = (original,)  # in a tuple, so that it is no submodule
         self.training = original.training
 
     def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
         h = self.dropout(self.dense(hidden_states))  # [B, T, 4H] -> [B, T, H]
-        for name in self.active:
-            h = self.adapters[name](h, self.LayerNorm(h + input_tensor))
+        for name in self.stack:
+            if name in self.adapters:
+                h = self.adapters[name](h, input_tensor, self.LayerNorm)
         return self.LayerNorm(h + input_tensor)
 
 
-def add_task_adapters(model: nn.Module, reduction_factor: int = 16, name: str = "task") -> list[nn.Module]:
-    """Patch one new Pfeiffer adapter into every encoder layer, make it the active one, freeze the base model.
+class InvertibleAdapter(nn.Module):
+    """NICE coupling of the halves e = [e1, e2] of an embedding: y1 = e1 + F(e2), y2 = e2 + G(y1)."""
 
-    Returns the blocks, bottom layer first. The head keeps its `requires_grad`; the adapters have it set.
+    def __init__(self, hidden_size: int, config: dict):
+        super().__init__()
+
+        def between(size_in: int, size_out: int) -> nn.Sequential:
+            bottleneck = _bottleneck(size_in, config["inv_adapter_reduction_factor"])
+            return nn.Sequential(nn.Linear(size_in, bottleneck), NON_LINEARITIES[config["non_linearity"]](),
+                                 nn.Linear(bottleneck, size_out))
+
+        self.half = hidden_size // 2
+        self.F = between(hidden_size - self.half, self.half)
+        self.G = between(self.half, hidden_size - self.half)
+        self.apply(_start_as_bert)
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        e1, e2 = embedding[..., : self.half], embedding[..., self.half :]  # [B, T, H] -> twice [B, T, H / 2]
+        y1 = e1 + self.F(e2)
+        return torch.cat([y1, e2 + self.G(y1)], dim=-1)
+
+    def inverse(self, embedding: torch.Tensor) -> torch.Tensor:
+        e1, e2 = embedding[..., : self.half], embedding[..., self.half :]
+        y2 = e2 - self.G(e1)
+        return torch.cat([e1 - self.F(y2), y2], dim=-1)
+
+
+class InvertibleAdapters(nn.ModuleDict):
+    """The invertible blocks by adapter name; and what else a patched model has to remember.
+
+    It stands where AdapterHub has them, at `base_model.invertible_adapters`. Only the first adapter of the
+    stack has its block in play: after the embeddings, and inverted before a masked-LM head's decoder.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.stack: list[str] = []  # the adapters in play, bottom first; every layer looks into this list
+        self.configs: dict[str, dict] = {}
+        self.languages: set[str] = set()
+        self.handles: list = []
+        self.trained: set[str] = set()  # what had `requires_grad` in the base model
+
+    def after_embeddings(self, _, inputs: tuple, embedding: torch.Tensor):
+        if self.stack and self.stack[0] in self:
+            return self[self.stack[0]](embedding)
+
+    def before_decoder(self, _, inputs: tuple):
+        if self.stack and self.stack[0] in self:
+            return self[self.stack[0]].inverse(inputs[0])
+
+
+class LoRA(nn.Module):
+    """What LoRA adds to a linear layer's output: (alpha / r) B A x. B starts as 0, so nothing at first.
+
+    Until B has moved, the gradient of A is zero, and with it A's share of tr(F).
+    """
+
+    def __init__(self, size_in: int, size_out: int, r: int, alpha: float):
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(r, size_in))
+        self.lora_B = nn.Parameter(torch.zeros(size_out, r))
+        self.scaling = alpha / r
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.lora_A.T @ self.lora_B.T * self.scaling  # [B, T, in] -> [B, T, r] -> [B, T, out]
+
+
+class LoRAs(nn.ModuleDict):
+    """The LoRAs of one linear layer by name; a forward hook adds those in the stack to its output."""
+
+    def __init__(self, linear: nn.Linear, stack: list[str]):
+        super().__init__()
+        self.stack, self.handle = stack, linear.register_forward_hook(self.add)
+
+    def add(self, _, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        for name in self.stack:
+            if name in self:
+                output = output + self[name](inputs[0])
+        return output
+
+
+def _bottleneck(size: int, reduction_factor: float) -> int:
+    if not _is_number(reduction_factor) or size // reduction_factor < 1:
+        raise ValueError(f"reduction_factor must be in 1..{size}, not {reduction_factor}")
+    return int(size // reduction_factor)
+
+
+def _start_as_bert(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Adding, swapping, removing
+# ------------------------------------------------------------------------------------------------------------
+
+
+def add_task_adapters(model: nn.Module, reduction_factor: float = 16, name: str = "task",
+                      leave_out: tuple[int, ...] = ()) -> list[nn.Module]:
+    """Patch one new Pfeiffer adapter into every encoder layer (but those of `leave_out`), and activate it.
+
+    Returns the blocks, bottom layer first. The first adapter of any kind freezes the base model; the head
+    keeps its `requires_grad`, and the new blocks have it set.
     Raises ValueError for a model type outside MODEL_TYPES, a name in use, or an impossible reduction factor.
     """
-    layers = _encoder_layers(model)
-    if not name or "." in name:
-        raise ValueError(f"adapter name {name!r} must be non-empty and without a dot")
-    if any(isinstance(layer.output, AdaptedOutput) and name in layer.output.adapters for layer in layers):
+    config = SEQ_BN | {"reduction_factor": reduction_factor, "leave_out": list(leave_out)}
+    _install(model, name, config, _build(model, config), language=False)
+    return adapter_blocks(model, name)
+
+
+def add_lora(model: nn.Module, r: int = 8, alpha: float = 8, targets: tuple[str, ...] = ("query", "value"),
+             name: str = "task", leave_out: tuple[int, ...] = ()) -> list[nn.Module]:
+    """Add a LoRA to the attention of every encoder layer, and activate it; otherwise as `add_task_adapters`.
+
+    A block holds all of one layer, by target: query, key, value. Raises ValueError as above.
+    """
+    if not targets or not set(targets) <= set(ATTENTION):
+        raise ValueError(f"targets must be some of {', '.join(ATTENTION)}, not {targets!r}")
+    if not _is_number(r) or not isinstance(r, int):
+        raise ValueError(f"r must be a whole number, at least 1, not {r!r}")
+    config = LORA | {"r": r, "alpha": alpha, "leave_out": list(leave_out),
+                     "attn_matrices": [letter for target, letter in ATTENTION.items() if target in targets]}
+    _install(model, name, config, _build(model, config), language=False)
+    return adapter_blocks(model, name)
+
+
+def add_language_adapter(model: nn.Module, name: str, source: str | Path | None = None,
+                         reduction_factor: float = 2, invertible: bool = True) -> list[nn.Module]:
+    """Add a MAD-X language adapter: frozen, and not in play before `set_language`.
+
+    source: an AdapterHub folder or hub id. None: a new one to be trained by masked-language modelling, with
+    this reduction factor in the layers and, if `invertible`, in the block at the embeddings.
+    Returns its modules, the layers' bottom to top. Raises as `add_task_adapters` and `load_adapter`.
+    """
+    if source is not None:
+        _load(model, source, name, language=True)
+    else:
+        config = SEQ_BN | {"reduction_factor": reduction_factor}
+        if invertible:
+            config |= {"inv_adapter": "nice", "inv_adapter_reduction_factor": reduction_factor}
+        _install(model, name, config, _build(model, config), language=True)
+    return list(_modules(model, name).values())
+
+
+def set_language(model: nn.Module, name: str | None) -> None:
+    """Stack this language adapter below the task adapter, in place of any other; None: no language adapter.
+
+    Weights, modes and `requires_grad` are not touched, and the cost does not depend on the model's size.
+    Raises ValueError, with a list of the languages there are, for one that was not added.
+    """
+    record = _record(model)
+    if name is not None and name not in record.languages:
+        known = ", ".join(sorted(record.languages)) or "none"
+        raise ValueError(f"no language adapter {name!r} in the model; loaded: {known}")
+    tasks = [other for other in record.stack if other not in record.languages]
+    record.stack[:] = tasks if name is None else [name, *tasks]
+
+
+def adapter_blocks(model: nn.Module, name: str) -> list[nn.Module]:
+    """The blocks of an adapter or a LoRA, bottom layer first: one for each layer that has it."""
+    modules = _modules(model, name)
+    if not any(isinstance(module, LoRA) for module in modules.values()):
+        return [module for path, module in modules.items() if path.startswith("encoder.")]
+    by_layer: dict[str, dict[str, nn.Module]] = {}
+    for path, module in modules.items():
+        layer, target = path.removesuffix(f".loras.{name}").split(".attention.self.")
+        by_layer.setdefault(layer, {})[target] = module
+    return [nn.ModuleDict(pair) for pair in by_layer.values()]
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module, name: str = "task") -> None:
+    """Fold a LoRA into the base model, W <- W + (alpha / r) B A, and drop it. Raises ValueError if it is none."""
+    modules, record = _modules(model, name), _record(model)
+    if record.configs[name].get("architecture") != "lora":
+        raise ValueError(f"adapter {name!r} is no LoRA: only a LoRA can be merged")
+    for path, lora in modules.items():
+        linear = model.base_model.get_submodule(path.removesuffix(f".loras.{name}"))
+        linear.weight += lora.scaling * lora.lora_B @ lora.lora_A
+        del linear.loras[name]
+    del record.configs[name]
+    record.stack[:] = [other for other in record.stack if other != name]
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Take out all that this file put in: the model has its own modules and `requires_grad` again."""
+    record, base = _record(model), model.base_model
+    for module in list(base.modules()):
+        if isinstance(getattr(module, "loras", None), LoRAs):
+            module.loras.handle.remove()
+            del module.loras
+    for layer in base.encoder.layer:
+        layer.output.original[0].training = layer.output.training
+        layer.output = layer.output.original[0]
+    for handle in record.handles:
+        handle.remove()
+    del base.invertible_adapters
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name in record.trained)
+
+
+def _build(model: nn.Module, config: dict, name: str = "") -> dict[str, nn.Module]:
+    """The new modules of an adapter by path below the base model, bottom to top, the invertible one last."""
+    if model.config.model_type not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise ValueError(f"no adapters for model type {model.config.model_type!r}, only for {known}")
+    layers, size, modules = model.base_model.encoder.layer, model.config.hidden_size, {}
+    assert len(layers) == model.config.num_hidden_layers
+    is_lora = config.get("architecture") == "lora"
+    if is_lora and model.config.model_type == "deberta-v2":
+        raise ValueError("no LoRA for model type 'deberta-v2', but add_task_adapters works")
+    for index, layer in enumerate(layers):
+        if index in config["leave_out"]:
+            continue
+        if not is_lora:
+            modules[f"encoder.layer.{index}.output.adapters.{name}"] = BottleneckAdapter(size, config)
+            continue
+        for target, letter in ATTENTION.items():
+            if letter in config["attn_matrices"]:
+                linear = getattr(layer.attention.self, target)
+                lora = LoRA(linear.in_features, linear.out_features, config["r"], config["alpha"])
+                modules[f"encoder.layer.{index}.attention.self.{target}.loras.{name}"] = lora
+    if config.get("inv_adapter"):
+        modules[f"invertible_adapters.{name}"] = InvertibleAdapter(size, config)
+    return modules
+
+
+def _install(model: nn.Module, name: str, config: dict, modules: dict[str, nn.Module], language: bool):
+    """Put `_build`'s modules in place; a language adapter is frozen, any other becomes the one in play."""
+    _check_new(model, name)
+    record, base = _patch(model), model.base_model
+    for path, module in modules.items():
+        place = path.rpartition(".")[0]  # a ModuleDict, beside a weight with the right device and type
+        if place.endswith(".loras"):
+            beside = base.get_submodule(place.removesuffix(".loras"))
+            if not hasattr(beside, "loras"):
+                beside.loras = LoRAs(beside, record.stack).train(beside.training)
+        elif place.endswith(".adapters"):
+            beside = base.get_submodule(place.removesuffix(".adapters")).dense
+        else:
+            beside = base.get_input_embeddings()
+        module.to(beside.weight.device, beside.weight.dtype).train(beside.training)
+        base.get_submodule(place)[name] = module.requires_grad_(not language)
+    record.configs[name] = config
+    if language:
+        record.languages.add(name)
+    else:
+        record.stack[:] = [other for other in record.stack if other in record.languages] + [name]
+
+
+def _patch(model: nn.Module) -> InvertibleAdapters:
+    """Freeze the base model and give it room for adapters; once per model."""
+    base = model.base_model
+    if hasattr(base, "invertible_adapters"):
+        return base.invertible_adapters
+    record = InvertibleAdapters().train(base.training)
+    record.trained = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
+    base.requires_grad_(False)
+    for layer in base.encoder.layer:
+        layer.output = AdaptedOutput(layer.output, record.stack)
+    record.handles.append(base.embeddings.register_forward_hook(record.after_embeddings))
+    if model.get_output_embeddings() is not None:
+        decoder = model.get_output_embeddings()
+        record.handles.append(decoder.register_forward_pre_hook(record.before_decoder))
+    base.invertible_adapters = record
+    return record
+
+
+def _record(model: nn.Module) -> InvertibleAdapters:
+    if not hasattr(model.base_model, "invertible_adapters"):
+        raise ValueError("the model has no adapters: add or load one first")
+    return model.base_model.invertible_adapters
+
+
+def _modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """An adapter's modules by path below the base model, bottom to top, the invertible one last."""
+    if name not in _record(model).configs:
+        known = ", ".join(_record(model).configs) or "none"
+        raise ValueError(f"the model has no adapter named {name!r}; it has: {known}")
+    kinds = (BottleneckAdapter, LoRA, InvertibleAdapter)
+    return {path: module for path, module in model.base_model.named_modules()
+            if path.endswith(f"s.{name}") and isinstance(module, kinds)}
+
+
+def _check_new(model: nn.Module, name: str) -> None:
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"{name!r} cannot name an adapter: choose a word without a dot that torch leaves free")
+    if name in getattr(getattr(model.base_model, "invertible_adapters", None), "configs", {}):
         raise ValueError(f"the model already has an adapter named {name!r}: choose another name")
-    blocks = [BottleneckAdapter(model.config.hidden_size, reduction_factor) for _ in layers]
-    model.base_model.requires_grad_(False)
-    for layer, block in zip(layers, blocks):
-        if not isinstance(layer.output, AdaptedOutput):
-            layer.output = AdaptedOutput(layer.output)
-        weight = layer.output.dense.weight
-        layer.output.adapters[name] = block.to(weight.device, weight.dtype).train(layer.training)
-        layer.output.active = [name]
-    return blocks
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Saving
+# ------------------------------------------------------------------------------------------------------------
 
 
 def save_adapter(model: nn.Module, name: str, folder: str | Path, with_head: bool = True) -> None:
-    """Write the adapter (and the head beside it) in AdapterHub's format, each file whole or not at all.
+    """Write an adapter of any kind, and a task's head beside it, in AdapterHub's format, each file whole.
 
     `adapter_config.json` and `pytorch_adapter.bin`, whose keys are the parameter names in the model.
     Raises ValueError if the model has no adapter of that name.
     """
-    weights = {key: value for key, value in model.state_dict().items() if f".output.adapters.{name}." in key}
-    if not weights:
-        raise ValueError(f"the model has no adapter named {name!r}")
-    block = next(layer.output.adapters[name] for layer in _encoder_layers(model))
-    config = {
-        "mh_adapter": False, "output_adapter": True, "reduction_factor": block.reduction_factor,
-        "non_linearity": "relu", "original_ln_before": True, "original_ln_after": True, "ln_before": False,
-        "ln_after": False, "residual_before_ln": True, "adapter_residual_before_ln": False,
-        "is_parallel": False, "scaling": 1.0, "leave_out": [], "inv_adapter": None,
-        "inv_adapter_reduction_factor": None,
-    }
-    _write_folder(folder, "adapter_config.json", {"config": config, "name": name} | _model_facts(model),
-                  "pytorch_adapter.bin", weights)
-    if with_head:
+    modules, record, prefix = _modules(model, name), _record(model), model.base_model_prefix
+    weights = {f"{prefix}.{path}.{key}": value for path, module in modules.items()
+               for key, value in module.state_dict().items()}
+    kind = {"type": "text_lang"} if name in record.languages else {}
+    facts = {"config": record.configs[name], "name": name} | kind | _model_facts(model)
+    _write_folder(folder, "adapter_config.json", facts, "pytorch_adapter.bin", weights)
+    if with_head and not kind:
         save_head(model, folder)
 
 
 def save_head(model: nn.Module, folder: str | Path) -> None:
     """Write all parameters outside the base model as `head_config.json` and `pytorch_model_head.bin`."""
+    facts = {"config": None, "name": None, "num_labels": model.config.num_labels,
+             "label2id": model.config.label2id} | _model_facts(model)
+    _write_folder(folder, "head_config.json", facts, "pytorch_model_head.bin", _head(model))
+
+
+def _head(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters outside the base model; one that is tied to the embeddings is not among them."""
     base = model.base_model_prefix + "."
-    weights = {key: value for key, value in model.state_dict().items() if not key.startswith(base)}
-    config = {"config": None, "name": None, "num_labels": model.config.num_labels}
-    config |= {"label2id": model.config.label2id} | _model_facts(model)
-    _write_folder(folder, "head_config.json", config, "pytorch_model_head.bin", weights)
-
-
-def _encoder_layers(model: nn.Module) -> nn.ModuleList:
-    if model.config.model_type not in MODEL_TYPES:
-        known = ", ".join(MODEL_TYPES)
-        raise ValueError(f"no adapters for model type {model.config.model_type!r}, only for {known}")
-    layers = model.base_model.encoder.layer
-    assert len(layers) == model.config.num_hidden_layers
-    return layers
+    return {key: parameter for key, parameter in model.named_parameters() if not key.startswith(base)}
 
 
 def _model_facts(model: nn.Module) -> dict:
     return {"hidden_size": model.config.hidden_size, "model_class": type(model).__name__,
-            "model_name": model.config._name_or_path, "model_type": model.config.model_type}
+            "model_name": model.config._name_or_path, "model_type": model.config.model_type,
+            "version": "adapters.1.3.0"}  # of the format; without one, `gelu` would be taken for `gelu_new`
 
 
 def _write_folder(folder: str | Path, config_name: str, config: dict, weights_name: str, weights: dict):
@@ -158,3 +456,190 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loading
+# ------------------------------------------------------------------------------------------------------------
+
+
+def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, name: str | None = None) -> str:
+    """Load a bottleneck adapter (with its invertible block) or a LoRA that AdapterHub's library or we saved.
+
+    A task adapter or LoRA is in play and trainable at once, and a head beside it is loaded if it was saved
+    from the same class of model. A language adapter (one with an invertible block, or of type `text_lang`)
+    is frozen and waits for `set_language`. Returns the adapter's name: `name`, or else the file's.
+    Raises FileNotFoundError if there is no such folder or hub repository, ValueError if its files are broken,
+    do not fit the model or ask for what is not computed here. Then the model is as it was.
+    """
+    return _load(model, folder_or_hub_id, name, language=None)
+
+
+def load_head(model: nn.Module, folder: str | Path) -> None:
+    """Load the head that `save_head` or AdapterHub's library wrote. Raises as `load_adapter`."""
+    for parameter, value in _read_head(model, Path(folder)):
+        parameter.data.copy_(value)
+
+
+def _load(model: nn.Module, source: str | Path, name: str | None, language: bool | None) -> str:
+    folder = _fetch(source)
+    facts = _read_facts(folder / "adapter_config.json", model)
+    config = _read_config(folder, facts)
+    weights = {_modern(key).removeprefix(model.base_model_prefix + "."): value for key, value
+               in _read_weights(folder, "adapter.safetensors", "pytorch_adapter.bin").items()}
+    kind = facts.get("type", "text_lang" if config.get("inv_adapter") else "text_task")
+    if kind == "text_task" and not any(key.startswith("invertible_adapters.") for key in weights):
+        config |= {"inv_adapter": None}  # early task adapters have one in their config and none in the file
+    language = kind == "text_lang" if language is None else language
+    name = name or facts["name"]
+    _check_new(model, name)
+    with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
+        modules = _build(model, config, facts["name"])
+    expected = {f"{path}.{key}": value for path, module in modules.items()
+                for key, value in module.state_dict().items()}
+    _check_fit(folder, expected, weights)
+    head = []
+    if not language and (folder / "head_config.json").is_file():
+        if _read_facts(folder / "head_config.json", model)["model_class"] == type(model).__name__:
+            head = _read_head(model, folder)
+    for path, module in modules.items():
+        module.load_state_dict({key: weights[f"{path}.{key}"] for key in module.state_dict()}, assign=True)
+    _install(model, name, config, modules, language)
+    for parameter, value in head:
+        parameter.data.copy_(value)
+    return name
+
+
+def _fetch(source: str | Path) -> Path:
+    """The folder itself, or the hub repository's files in the local cache."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        raise FileNotFoundError(f"no adapter folder {source}: name one with adapter_config.json, or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[
+            "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"]))
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f"no adapter {source}: neither a folder nor a hub repository") from None
+    except Exception as error:  # the client's other errors differ from version to version
+        raise ValueError(f"adapter {source} is not in the local cache and the hub does not give it "
+                         f"({type(error).__name__}): check the connection, or name a folder") from None
+
+
+def _read_facts(path: Path, model: nn.Module) -> dict:
+    """The content of a config file, made for a model of this type and size."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is no folder in AdapterHub's format: it has no {path.name}")
+    try:
+        facts = json.loads(path.read_bytes())
+        assert {"config", "name", "model_type", "model_class"} <= facts.keys()
+    except (ValueError, AttributeError, AssertionError):
+        raise ValueError(f"{path} is damaged: it must be a JSON object with config, name, model_type and "
+                         "model_class; save or download it again") from None
+    for key in ("model_type", "hidden_size"):
+        mine = getattr(model.config, key)
+        if facts.get(key, mine) != mine:
+            raise ValueError(f"{path} is for a model of {key} {facts[key]!r}, this one has {mine!r}")
+    return facts
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_switch(value) -> bool:
+    return isinstance(value, bool)
+
+
+VARIABLE = {  # what a loaded config may set otherwise than SEQ_BN and LORA do
+    "reduction_factor": _is_number, "scaling": _is_number, "alpha": _is_number,
+    "original_ln_before": _is_switch, "ln_before": _is_switch, "ln_after": _is_switch,
+    "residual_before_ln": _is_switch, "adapter_residual_before_ln": _is_switch,
+    "r": lambda value: _is_number(value) and isinstance(value, int),
+    "non_linearity": lambda value: isinstance(value, str) and value in NON_LINEARITIES,
+    "leave_out": lambda value: isinstance(value, list) and all(isinstance(layer, int) for layer in value),
+    "inv_adapter": lambda value: value in (None, "nice"),
+    "inv_adapter_reduction_factor": lambda value: value is None or _is_number(value),
+    "attn_matrices": lambda value: value and isinstance(value, list) and all(one in [*"qkv"] for one in value),
+}
+# How weights start, how AdapterFusion attends, and the details of PHM layers, which `phm_layer` turns on.
+WITHOUT_EFFECT = re.compile(r"init_weights\w*|attention_type|new_attention_norm|(?!phm_layer)\w*(phm|hyperc)\w*")
+
+
+def _read_config(folder: Path, facts: dict) -> dict:
+    """The adapter's config, spelled out in today's terms; refused if this file does not compute it."""
+    invertible = SEQ_BN | {"inv_adapter": "nice", "inv_adapter_reduction_factor": 2}
+    named = {"seq_bn": SEQ_BN, "pfeiffer": SEQ_BN, "seq_bn_inv": invertible, "pfeiffer+inv": invertible,
+             "lora": LORA}
+    given, version = facts["config"], str(facts.get("version", ""))
+    if isinstance(given, str) and given in named:
+        given = named[given]
+    if not isinstance(given, dict):
+        raise ValueError(f"{folder}: config {given!r} is none of {', '.join(named)}, nor spelled out")
+    given = {key.lower(): value for key, value in given.items()}
+    if not version and given.get("non_linearity") in ("gelu", "gelu_orig"):  # renamed since those files
+        given["non_linearity"] = {"gelu": "gelu_new", "gelu_orig": "gelu"}[given["non_linearity"]]
+    nested = given.get("invertible_adapter")
+    if isinstance(nested, dict) and nested.get("non_linearity") == given.get("non_linearity"):
+        del given["invertible_adapter"]
+        given |= {"inv_adapter": nested.get("block_type"),
+                  "inv_adapter_reduction_factor": nested.get("reduction_factor")}
+    known = LORA if given.get("architecture") == "lora" else SEQ_BN
+    for key, value in given.items():
+        if key in known:
+            fits = VARIABLE[key](value) if key in VARIABLE else value == known[key]
+        else:
+            fits = not value or WITHOUT_EFFECT.fullmatch(key)
+        if not fits:
+            raise ValueError(f"{folder}: {key} {value!r} in its config is not supported")
+    config = known | {key: value for key, value in given.items() if key in known}
+    if known is LORA and re.match(r"adapters\.(0|1\.0)\.", version):
+        config["alpha"] = config["r"]  # these versions scaled by 1 whatever alpha was
+    return config
+
+
+def _modern(key: str) -> str:
+    """A weight's name as it has been spelled since adapter-transformers 2."""
+    for old, new in (("layer_text_task_adapters.", "adapters."), ("layer_text_lang_adapters.", "adapters."),
+                     ("invertible_lang_adapters.", "invertible_adapters.")):
+        key = key.replace(old, new)
+    return key
+
+
+def _read_weights(folder: Path, *names: str) -> dict[str, torch.Tensor]:
+    """The tensors in the first of these files that exists; no code in a file is ever run."""
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} has no weights: neither {' nor '.join(names)}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        assert all(isinstance(key, str) and value.is_floating_point() for key, value in weights.items())
+    except Exception as error:  # whatever a damaged or hostile file provokes
+        raise ValueError(f"{path} holds no readable weights ({type(error).__name__}): save or download it "
+                         "again") from None
+    return weights
+
+
+def _read_head(model: nn.Module, folder: Path) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    weights = _read_weights(folder, "model_head.safetensors", "pytorch_model_head.bin")
+    mine, tied = _head(model), model.state_dict().keys() - _head(model).keys()
+    _check_fit(folder, mine, {key: value for key, value in weights.items() if key not in tied})
+    return [(parameter, weights[key]) for key, parameter in mine.items()]
+
+
+def _check_fit(folder: Path, expected: dict, weights: dict) -> None:
+    missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    if missing:
+        raise ValueError(f"{folder} does not fit the model: it lacks {min(missing)} ({len(missing)} weights)")
+    if extra:
+        raise ValueError(f"{folder} does not fit the model: it has also {min(extra)} ({len(extra)} weights)")
+    for key, value in expected.items():
+        if weights[key].shape != value.shape:
+            raise ValueError(f"{folder} does not fit the model: {key} has the shape "
+                             f"{list(weights[key].shape)}, not {list(value.shape)}")

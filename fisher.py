@@ -3,13 +3,14 @@
 Liu et al. 2024 (FUN with Fisher), equation 1:  tr(F) = E_x E_{y ~ p(y|x)} || grad_w log p(y|x) ||^2
 
     from fisher import fisher_trace
-    blocks = [model.layers[0], model.layers[1]]            # any modules whose parameters sit in nn.Linear
+    blocks = [model.layers[0], model.layers[1]]            # parameters in nn.Linear layers or in LoRA pairs
     trace = fisher_trace(model, batches, blocks)           # batches: dicts for model(**batch); [len(blocks)]
     trace = fisher_trace(model, batches, blocks, labels="exact")   # all classes, not one draw per example
 
 How: one backward pass over a batch gives the gradients g of log p with respect to the OUTPUTS of the blocks'
 linear layers, for every example on its own, since no example influences another. A layer with inputs x_t and
-output gradients g_t has the weight gradient sum_t g_t x_t^T, summed over tokens t BEFORE it is squared. No
+output gradients g_t has the weight gradient sum_t g_t x_t^T, summed over tokens t BEFORE it is squared. LoRA,
+y = s B A x, is two such layers: A has the gradient sum_t s B^T g_t x_t^T, and B has sum_t s g_t (A x_t)^T. No
 weight gradient is formed, and `requires_grad` plays no part: frozen blocks are measured like open ones.
 The official code differs: it takes the argmax label and squares the gradient of the batch mean.
 """
@@ -38,12 +39,13 @@ def fisher_trace(
     a fresh one with seed 0); "exact" takes the expectation over all C classes, in C backward passes.
     The model runs in eval mode and must return `.logits` [B, C]. Parameters, `.grad`, modes, hooks and the
     global random state are left as they were, also after an exception.
-    Raises ValueError for no batches, a block without parameters or with some outside nn.Linear, blocks that
-    the model does not call, an output without logits, or logits that are not finite.
+    Raises ValueError for no batches, a block without parameters or with some outside nn.Linear and LoRA (a
+    module with `lora_A`, `lora_B` and `scaling`), blocks that the model does not call, an output without
+    logits, or logits that are not finite.
     """
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}, not {labels!r}")
-    linears = [_linear_layers(index, block) for index, block in enumerate(blocks)]
+    linears = [_linear_layers(index, block) for index, block in enumerate(blocks)]  # LoRA pairs among them
     generator = generator or torch.Generator().manual_seed(0)
     trace, examples = torch.zeros(len(blocks), dtype=torch.float64), 0
     with _recorded(model, [linear for block in linears for linear in block]) as calls:
@@ -67,20 +69,25 @@ def fisher_trace(
     return trace / examples
 
 
-def _linear_layers(index: int, block: nn.Module) -> list[nn.Linear]:
+def _is_lora(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling"))
+
+
+def _linear_layers(index: int, block: nn.Module) -> list[nn.Module]:
     owners = [module for module in block.modules() if list(module.parameters(recurse=False))]
     if not owners:
         raise ValueError(f"block {index} has no parameters")
     for module in owners:
-        if not isinstance(module, nn.Linear):
-            raise ValueError(f"block {index} has parameters in {type(module).__name__}, only nn.Linear works")
+        if not isinstance(module, nn.Linear) and not _is_lora(module):
+            kind = type(module).__name__
+            raise ValueError(f"block {index} has parameters in {kind}, only nn.Linear and LoRA work")
     return owners
 
 
 @contextmanager
-def _recorded(model: nn.Module, linears: list[nn.Linear]) -> Iterator[dict]:
+def _recorded(model: nn.Module, linears: list[nn.Module]) -> Iterator[dict]:
     """Eval mode and, by linear layer, the list of its calls as (input, output); all is restored on exit."""
-    calls: dict[nn.Linear, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    calls: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def record(linear, inputs, output):
         if not output.requires_grad:  # below the lowest trainable parameter: the graph starts here
@@ -118,11 +125,12 @@ def _labels_and_weights(log_p: torch.Tensor, labels: str, generator: torch.Gener
     return [(torch.full_like(p[:, 0], c, dtype=torch.long), p[:, c]) for c in range(p.shape[1])]
 
 
-def _squared_norms(linear: nn.Linear, calls: list, gradient_of: dict, examples: int) -> torch.Tensor:
+@torch.no_grad()
+def _squared_norms(linear: nn.Module, calls: list, gradient_of: dict, examples: int) -> torch.Tensor:
     """|| sum_t g_t x_t^T ||^2 + || sum_t g_t ||^2 of each example [B], over all calls of one linear layer."""
     calls = [(x, gradient_of[id(output)]) for x, output in calls if gradient_of[id(output)] is not None]
     if not calls:
-        return torch.zeros(examples, device=linear.weight.device)
+        return torch.zeros(examples)
 
     def by_example(tensor):  # [B, H], [B, T, H] or, for multiple choice, [B * C, T, H] -> [B, tokens, H]
         tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -130,9 +138,16 @@ def _squared_norms(linear: nn.Linear, calls: list, gradient_of: dict, examples: 
 
     x = torch.cat([by_example(x) for x, _ in calls], dim=1)  # [B, T, in]; a layer called twice is one sum
     g = torch.cat([by_example(g) for _, g in calls], dim=1)  # [B, T, out]
+    if _is_lora(linear):
+        a, g = linear.lora_A.to(x.dtype), g * linear.scaling  # [r, in], [B, T, out]
+        return _outer_norms(x, g @ linear.lora_B.to(g.dtype)) + _outer_norms(x @ a.T, g)
+    norms = _outer_norms(x, g)
+    return norms if linear.bias is None else norms + g.sum(1).square().sum(1)
+
+
+def _outer_norms(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """|| sum_t g_t x_t^T ||^2 of each example [B], by the cheaper of two ways."""
     tokens, n_in, n_out = x.shape[1], x.shape[2], g.shape[2]
     if tokens * (n_in + n_out) < n_in * n_out:  # sum_t,t' (g_t . g_t')(x_t . x_t') is cheaper
-        norms = ((x @ x.mT) * (g @ g.mT)).sum((1, 2))
-    else:
-        norms = (g.mT @ x).square().sum((1, 2))  # [B, out, in]
-    return norms if linear.bias is None else norms + g.sum(1).square().sum(1)
+        return ((x @ x.mT) * (g @ g.mT)).sum((1, 2))
+    return (g.mT @ x).square().sum((1, 2))  # [B, out, in]

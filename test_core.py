@@ -21,12 +21,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import layer_norm, linear
 
+import adapters
 import unfreeze
-from adapters import BottleneckAdapter, add_task_adapters, save_adapter
+from adapters import (adapter_blocks, add_language_adapter, add_lora, add_task_adapters, load_adapter, load_head,
+                      merge_lora, remove_adapters, save_adapter, set_language)
 from fisher import fisher_trace
 from unfreeze import Unfreezer
 
@@ -56,130 +58,342 @@ def batch(rows: int = 5, tokens: int = 7, choices: int | None = None) -> dict:
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.randint(0, choices or 3, (rows,))}
 
 
-def randomise(blocks: list[nn.Module]) -> list[nn.Module]:
-    torch.manual_seed(3)
+def randomise(blocks: list[nn.Module], seed: int = 3) -> list[nn.Module]:
+    torch.manual_seed(seed)
     for parameter in itertools.chain(*(block.parameters() for block in blocks)):
         nn.init.normal_(parameter, std=0.3)
     return blocks
 
 
-def load_files(model: nn.Module, *paths: Path) -> None:
-    for path in paths:
-        assert not model.load_state_dict(torch.load(path, weights_only=True), strict=False).unexpected_keys
-
-
 # ---- adapters.py -------------------------------------------------------------------------------------------
 
 
-def test_adapted_output_and_gradients_equal_the_written_out_equations():
-    model = tiny_model().double()
-    block = randomise(add_task_adapters(model, reduction_factor=4))[1]
+def norm(value: torch.Tensor, module: nn.LayerNorm) -> torch.Tensor:
+    return layer_norm(value, (module.weight.numel(),), module.weight, module.bias, module.eps)
+
+
+ACTIVATIONS = {
+    "relu": lambda x: x * (x > 0), "tanh": lambda x: 1 - 2 / (torch.exp(2 * x) + 1),
+    "swish": lambda x: x / (1 + torch.exp(-x)), "leakyrelu": lambda x: torch.where(x > 0, x, 0.01 * x),
+    "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
+    "gelu_new": lambda x: x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
+}
+
+
+@pytest.mark.parametrize("changed", [
+    {}, {"original_ln_before": False}, {"residual_before_ln": False}, {"ln_before": True}, {"ln_after": True},
+    {"ln_after": True, "adapter_residual_before_ln": True, "scaling": 0.5}, {"scaling": 4},
+    {"original_ln_before": False, "residual_before_ln": False}, *({"non_linearity": name} for name in ACTIVATIONS)])
+def test_adapted_output_and_gradients_equal_the_written_out_equations(changed, tmp_path):
+    config, model = adapters.SEQ_BN | {"reduction_factor": 4} | changed, tiny_model()
+    save_adapter(with_adapter(tiny_model(), config), "task", tmp_path)
+    load_adapter(model, tmp_path, "task")
+    block = randomise(adapter_blocks(model.double(), "task"))[1]
     output = model.roberta.encoder.layer[1].output.eval().requires_grad_()
     nn.init.normal_(output.LayerNorm.weight)  # a trivial LayerNorm could hide a wrong order of operations
     inner = torch.randn(2, 3, 32, dtype=torch.double)
     x = torch.randn(2, 3, HIDDEN, dtype=torch.double, requires_grad=True)
-    down, up = block.adapter_down[0], block.adapter_up
-
-    def norm(value, module=output.LayerNorm):
-        return layer_norm(value, (HIDDEN,), module.weight, module.bias, module.eps)
+    down, up, activation = block.adapter_down[-2], block.adapter_up, ACTIVATIONS[config["non_linearity"]]
 
     h = linear(inner, output.dense.weight, output.dense.bias)
-    bottleneck = linear(norm(h + x), down.weight, down.bias)
-    changed = linear(bottleneck * (bottleneck > 0), up.weight, up.bias) + h
-    expected, weights = norm(changed + x), [x, *output.parameters()]
+    read = norm(h + x, output.LayerNorm) if config["original_ln_before"] else h
+    residual = h if config["residual_before_ln"] else read
+    inside = norm(read, block.adapter_norm_before) if config["ln_before"] else read
+    up = linear(activation(linear(inside, down.weight, down.bias)), up.weight, up.bias) * config["scaling"]
+    if config["ln_after"] and config["adapter_residual_before_ln"]:
+        adapted = norm(up + residual, block.adapter_norm_after)
+    else:
+        adapted = (norm(up, block.adapter_norm_after) if config["ln_after"] else up) + residual
+    expected, weights = norm(adapted + x, output.LayerNorm), [x, *output.parameters()]
     torch.testing.assert_close(output(inner, x), expected, rtol=0, atol=1e-12)
     weighting = torch.randn_like(expected)
     for ours, theirs in zip(torch.autograd.grad((output(inner, x) * weighting).sum(), weights),
                             torch.autograd.grad((expected * weighting).sum(), weights)):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
 
 
-def test_a_new_adapter_starts_as_in_adapterhub():
-    torch.manual_seed(0)
-    block = BottleneckAdapter(768, 16)
-    assert block.adapter_down[0].weight.shape == (48, 768) and block.adapter_up.weight.shape == (768, 48)
-    for layer in (block.adapter_down[0], block.adapter_up):
-        assert abs(layer.weight.std().item() - 0.02) < 5e-4 and layer.bias.count_nonzero() == 0
+def with_adapter(model: nn.Module, config: dict, language: bool = False) -> nn.Module:
+    adapters._install(model, "task", config, adapters._build(model, config), language)
+    randomise(list(adapters._modules(model, "task").values()))
+    return model
 
 
-@pytest.mark.skipif(not ORACLES.is_dir(), reason="../shared/oracles is not here")
-@pytest.mark.parametrize("case", ["a_xlmr_seqcls_seqbn", "a_xlmr_qa_seqbn", "a_xlmr_mc_seqbn",
-                                  "d_mbert_seqcls_seqbn", "d_mbert_mc_seqbn"])
-def test_outputs_loss_and_gradients_equal_adapterhubs_library(case):
+def test_new_adapters_start_as_in_adapterhub():
+    model = tiny_model(hidden_size=384, num_hidden_layers=2)
+    block = add_task_adapters(model)[0]
+    invertible = add_language_adapter(model, "en")[-1]
+    assert block.adapter_down[0].weight.shape == (24, 384) and block.adapter_up.weight.shape == (384, 24)
+    for layer in (block.adapter_down[0], block.adapter_up, invertible.F[0], invertible.G[2]):
+        assert abs(layer.weight.std().item() - 0.02) < 1e-3 and layer.bias.count_nonzero() == 0
+    lora = add_lora(model, name="lora")[0]["query"]
+    assert lora.lora_B.count_nonzero() == 0 and lora.lora_A.shape == (8, 384)
+    assert abs(lora.lora_A.std().item() - (1 / 384 / 3) ** 0.5) < 2e-3  # uniform within 1 / sqrt(384)
+
+
+CASES_OF_ADAPTERHUB = sorted(path.parent.name for path in ORACLES.glob("*/case.json"))
+
+
+@pytest.mark.skipif(not CASES_OF_ADAPTERHUB, reason="../shared/oracles is not here")
+@pytest.mark.parametrize("files", ["adapters", "adapters_safetensors"])
+@pytest.mark.parametrize("case", CASES_OF_ADAPTERHUB)
+def test_outputs_loss_and_gradients_equal_adapterhubs_library(case, files):
     folder = ORACLES / case
-    facts = json.loads((folder / "case.json").read_text())
-    model = getattr(transformers, facts["cls"]).from_pretrained(folder / facts["base"])
-    add_task_adapters(model)
-    load_files(model, folder / "adapters/task/pytorch_adapter.bin", folder / "head/pytorch_model_head.bin")
+    if not (folder / files).is_dir():
+        pytest.skip("this case has no safetensors files")
+    facts, stored = json.loads((folder / "case.json").read_text()), load_file(folder / "expected.safetensors")
+    model = oracle_model(folder, files)
     model.requires_grad_(True)
-    stored = load_file(folder / "expected.safetensors")
     inputs = {key.split(".")[1]: value for key, value in stored.items() if key.startswith(("in.", "label."))}
-    output = model(output_hidden_states=True, **inputs)
-    output.loss.backward()
-    ours = {"out." + key: value for key, value in output.items() if key != "hidden_states"}
-    ours |= {"grad." + key: parameter.grad for key, parameter in model.named_parameters()}
-    ours["out.hidden_states"] = torch.stack(output.hidden_states)
+    ours = {}
+    for swap, stack in {"": facts["order"], **facts["swap_lists"]}.items():
+        model.base_model.invertible_adapters.stack[:] = stack
+        output = model(output_hidden_states=True, **inputs)
+        prefix = f"out.{swap}." if swap else "out."
+        ours |= {prefix + key: value for key, value in output.items()}
+        ours[prefix + "hidden_states"] = torch.stack(output.hidden_states)
+        if not swap:
+            output.loss.backward()
+    flexible = {"lm_head.dense": "heads.mlm.0", "lm_head.layer_norm": "heads.mlm.2", "lm_head.b": "heads.mlm.3.b"}
+    for key, parameter in model.named_parameters():
+        for name, theirs in flexible.items() if case.endswith("flex") else ():
+            key = key.replace(name, theirs)
+        ours["grad." + key] = parameter.grad
+    if "out.merged.logits" in stored:
+        merge_lora(model)
+        ours["out.merged.logits"] = model(**inputs).logits
     expected = {key: value for key, value in stored.items()
                 if key.startswith(("out.", "grad.")) and not key.endswith(".f64")}
-    assert sum(key.startswith("grad.") for key in expected) >= 4 * 6 + 2
+    assert sum(key.startswith("grad.") for key in expected) >= 4 * 3 + 2
     for key, value in expected.items():
         assert (ours[key].reshape(value.shape) - value).abs().max() < 1e-5, key
 
 
-@pytest.mark.parametrize("kind, head", [("XLMRoberta", "SequenceClassification"), ("XLMRoberta", "MaskedLM"),
-                                        ("Roberta", "QuestionAnswering"), ("Bert", "MultipleChoice")])
-def test_patching_keeps_names_and_with_no_active_adapter_every_bit(kind, head):
+def oracle_model(folder: Path, files: str = "adapters") -> nn.Module:
+    facts = json.loads((folder / "case.json").read_text())
+    kind = facts["cls"].replace("AdapterModel", "ForMaskedLM")  # whose head equals the flexible one's
+    model = getattr(transformers, kind).from_pretrained(folder / facts["base"])
+    if facts["loader"] != "flex":
+        load_head(model, folder / "head")
+    for path in (folder / files).iterdir():
+        assert load_adapter(model, path) == path.name
+    assert ("task" in model.base_model.invertible_adapters.stack) == ("task" in facts["order"])
+    set_language(model, "lang_a" if "lang_a" in facts["order"] else None)
+    assert model.base_model.invertible_adapters.stack == facts["order"]
+    return model
+
+
+@pytest.mark.skipif(not CASES_OF_ADAPTERHUB, reason="../shared/oracles is not here")
+@pytest.mark.parametrize("case", ["a_xlmr_seqcls_seqbn", *(
+    f"b_xlmr_{kind}" for kind in ("seqcls_madx", "seqcls_madx2", "qa_madx", "mc_madx"))])
+def test_steps_of_adamw_equal_adapterhubs_library(case):
+    stored, model = load_file(ORACLES / case / "expected.safetensors"), oracle_model(ORACLES / case).double()
+    inputs = {key.split(".")[1]: value for key, value in stored.items() if key.startswith(("in.", "label."))}
+    learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer, losses = torch.optim.AdamW(learned.values(), lr=1e-2, weight_decay=0.01), []
+    for _ in stored["train.losses.f64"]:
+        losses.append(model(**inputs).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = {key.split("after.")[1].removesuffix(".f64"): value for key, value in stored.items()
+                if key.startswith("train.param_after.")}
+    assert expected.keys() == learned.keys()  # what trains by itself: the task adapter and the head
+    for name, value in expected.items():
+        torch.testing.assert_close(learned[name].detach(), value, rtol=0, atol=1e-9)
+    torch.testing.assert_close(torch.stack(losses).detach(), stored["train.losses.f64"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind, head", [
+    ("XLMRoberta", "SequenceClassification"), ("XLMRoberta", "MaskedLM"), ("Roberta", "QuestionAnswering"),
+    ("Bert", "MultipleChoice"), ("Bert", "MaskedLM"), ("DebertaV2", "SequenceClassification")])
+def test_patching_changes_no_bit_without_an_active_adapter_and_can_be_undone(kind, head):
     model = tiny_model(kind, head).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    modules, hooks = [type(module) for module in model.modules()], hooks_of(model)
     inputs = {"input_ids": batch(choices=2 if head == "MultipleChoice" else None)["input_ids"]}
     plain = model(**inputs)[0]
     blocks = randomise(add_task_adapters(model))
     assert len(blocks) == LAYERS and not torch.equal(model(**inputs)[0], plain)
-    for layer in model.base_model.encoder.layer:
-        layer.output.active = []
-    assert torch.equal(model(**inputs)[0], plain)
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    outside = {name for name in before if not name.startswith(model.base_model_prefix)}
     added = set(model.state_dict()) - set(before)
     assert all(".output.adapters.task." in name for name in added) and len(added) == 4 * LAYERS
+    assert added < learned <= added | outside
+    randomise(add_language_adapter(model, "en"))
+    if kind != "DebertaV2":
+        randomise(add_lora(model, name="lora"))
+    model.base_model.invertible_adapters.stack.clear()
+    assert torch.equal(model(**inputs)[0], plain)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    head = {name for name in before if not name.startswith(model.base_model_prefix)}
-    assert added < learned <= added | head
+    remove_adapters(model)
+    assert torch.equal(model(**inputs)[0], plain) and list(model.state_dict()) == list(before)
+    assert [type(module) for module in model.modules()] == modules and hooks_of(model) == hooks
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert len(add_task_adapters(model)) == LAYERS  # and it can be patched again
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def madx_model(head: str = "SequenceClassification", **settings) -> nn.Module:
+    """Two languages of unlike weights, the first below a task adapter."""
+    model = tiny_model(head=head, **settings).eval()
+    for seed, name in enumerate(("en", "sw")):
+        randomise(add_language_adapter(model, name), seed)
+    if head != "MaskedLM":
+        randomise(add_task_adapters(model, reduction_factor=4), 2)
+    set_language(model, "en")
+    return model
+
+
+def test_the_stack_equals_the_written_out_equations():
+    model, seen = madx_model().double(), {}
+    layer, base = model.roberta.encoder.layer[0], model.roberta
+    layer.output.register_forward_hook(lambda _, inputs, output: seen.update(inputs=inputs, output=output))
+    base.embeddings.register_forward_hook(lambda _, inputs, output: seen.update(embedding=output))
+    base.embeddings.LayerNorm.register_forward_hook(lambda _, inputs, output: seen.update(plain=output))
+    model(**batch())
+    e1, e2 = seen["plain"].chunk(2, dim=-1)
+    block = base.invertible_adapters["en"]
+
+    def through(net, value):
+        return linear(linear(value, net[0].weight, net[0].bias).clamp(min=0), net[2].weight, net[2].bias)
+
+    y1 = e1 + through(block.F, e2)
+    torch.testing.assert_close(seen["embedding"], torch.cat([y1, e2 + through(block.G, y1)], -1))
+    torch.testing.assert_close(block.inverse(seen["embedding"]), seen["plain"])
+    inner, x = seen["inputs"]
+    h = linear(inner, layer.output.dense.weight, layer.output.dense.bias)
+    for name in ("en", "task"):
+        adapter = layer.output.adapters[name]
+        h = through([adapter.adapter_down[0], None, adapter.adapter_up], norm(h + x, layer.output.LayerNorm)) + h
+    torch.testing.assert_close(seen["output"], norm(h + x, layer.output.LayerNorm))
+
+
+def test_a_masked_lm_decodes_what_the_inverse_block_gives():
+    model, seen = madx_model("MaskedLM"), {}
+    model.lm_head.layer_norm.register_forward_hook(lambda _, inputs, output: seen.update(features=output))
+    logits = model(batch()["input_ids"]).logits
+    inverse = model.roberta.invertible_adapters["en"].inverse(seen["features"])
+    decoder = model.get_output_embeddings()
+    torch.testing.assert_close(logits, linear(inverse, decoder.weight, decoder.bias))
+    assert not torch.allclose(logits, linear(seen["features"], decoder.weight, decoder.bias))
+
+
+def test_setting_a_language_swaps_outputs_and_touches_nothing_else():
+    model, inputs = madx_model(), batch()
+    model.roberta.encoder.layer[1].train()
+
+    def state():
+        return ([module.training for module in model.modules()],
+                [(name, parameter.requires_grad, parameter.data_ptr(), parameter._version)
+                 for name, parameter in model.named_parameters()])
+
+    before, logits = state(), {}
+    model.eval()
+    for name in ("en", "sw", None):
+        set_language(model, name)
+        logits[name] = model(**inputs).logits
+    assert len({tuple(value.flatten().tolist()) for value in logits.values()}) == 3
+    set_language(model, "en")
+    assert torch.equal(model(**inputs).logits, logits["en"])
+    model.roberta.encoder.layer[1].train()
+    assert state() == before
+    with pytest.raises(ValueError, match="no language adapter 'de' in the model; loaded: en, sw"):
+        set_language(model, "de")
+    with pytest.raises(ValueError, match="loaded: en, sw"):
+        set_language(model, "task")
+    with pytest.raises(ValueError, match="the model has no adapters"):
+        set_language(tiny_model(), "en")
+
+
+@pytest.mark.parametrize("method", ["standard", "gu", "lpft", "rev", "rand"])
+@pytest.mark.parametrize("add", [add_task_adapters, add_lora])
+def test_languages_stay_frozen_through_any_schedule(method, add):
+    model = tiny_model()
+    languages = [*add_language_adapter(model, "en"), *add_language_adapter(model, "sw")]
+    blocks = add(model)
+    set_language(model, "en")
+    before = [parameter.clone() for module in languages for parameter in module.parameters()]
+    start = [nn.utils.parameters_to_vector(block.parameters()) for block in blocks]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    unfreezer = Unfreezer(blocks, method, k=1, seed=1)
+    for step in range(LAYERS + 2):
+        unfreezer.step(step)
+        set_language(model, ("en", "sw")[step % 2])
+        model(**batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(map(torch.equal, before, (parameter for module in languages for parameter in module.parameters())))
+    assert not any(map(torch.equal, start, (nn.utils.parameters_to_vector(block.parameters()) for block in blocks)))
+
+
+def test_blocks_are_those_of_the_layers_that_have_an_adapter():
+    model = tiny_model()
+    blocks = add_task_adapters(model, leave_out=(0, LAYERS - 1))
+    assert blocks == [model.roberta.encoder.layer[layer].output.adapters["task"] for layer in range(1, LAYERS - 1)]
+    unfreezer = Unfreezer(blocks, "gu", k=1)
+    assert [unfreezer.step(0), unfreezer.step(1), unfreezer.step(2)] == [[1], [0], []]
+    pairs = add_lora(model, name="lora", leave_out=(1,))
+    assert len(pairs) == LAYERS - 1 and list(pairs[1]) == ["query", "value"]
+    assert pairs[1]["value"] is model.roberta.encoder.layer[2].attention.self.value.loras["lora"]
+    assert adapter_blocks(model, "task") == blocks
+
+
+def test_lora_is_nothing_at_first_then_low_rank_and_merges_into_the_weights():
+    model, inputs = tiny_model().eval(), batch()
+    plain, values = model(**inputs).logits, {}
+    blocks = add_lora(model, r=2, alpha=6, targets=("query", "key", "value"))
+    assert torch.equal(model(**inputs).logits, plain)
+    model(**inputs).loss.backward()
+    for block in blocks:  # B is zero, so A has no gradient yet
+        assert all(lora.lora_A.grad.count_nonzero() == 0 and lora.lora_B.grad.any() for lora in block.values())
+    randomise(blocks)
+    query = model.roberta.encoder.layer[0].attention.self.query
+    handle = query.register_forward_hook(lambda _, inputs, output: values.update(x=inputs[0], y=output))
+    adapted, lora = model(**inputs).logits, blocks[0]["query"]
+    handle.remove()
+    weight = query.weight + 3 * torch.einsum("or,ri->oi", lora.lora_B, lora.lora_A)
+    torch.testing.assert_close(values["y"], linear(values["x"], weight, query.bias))
+    assert not torch.allclose(adapted, plain)
+    before = len(model.state_dict())
+    merge_lora(model)
+    torch.testing.assert_close(model(**inputs).logits, adapted, rtol=0, atol=1e-5)
+    assert len(model.state_dict()) == before - 2 * 3 * LAYERS
+    for call in (lambda: merge_lora(model), lambda: adapter_blocks(model, "task")):
+        with pytest.raises(ValueError, match="no adapter named 'task'; it has: none"):
+            call()
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_computes_with_its_own_weights(copied):
-    model = tiny_model().eval()
-    add_task_adapters(model)
-    inputs = batch()
+@pytest.mark.parametrize("add", [add_task_adapters, add_lora])
+def test_a_copy_computes_with_its_own_weights_and_its_own_language(copied, add):
+    model, inputs = tiny_model().eval(), batch()
+    for seed, name in enumerate(("en", "sw")):
+        randomise(add_language_adapter(model, name), seed)
+    randomise(add(model), 2)
+    set_language(model, "en")
     before, twin = model(**inputs).logits, copied(model)
     assert torch.equal(twin(**inputs).logits, before)
-    randomise([module for module in twin.modules() if isinstance(module, BottleneckAdapter)])
-    assert not torch.equal(twin(**inputs).logits, before) and torch.equal(model(**inputs).logits, before)
-    other = tiny_model().eval()
-    add_task_adapters(other)
-    other.load_state_dict(twin.state_dict())
-    assert torch.equal(other(**inputs).logits, twin(**inputs).logits)
-
-
-def test_a_saved_adapter_and_head_bring_back_the_logits(tmp_path):
-    model = tiny_model().eval()
-    randomise(add_task_adapters(model, reduction_factor=4))
-    save_adapter(model, "task", tmp_path)
-    torch.manual_seed(9)
-    other = tiny_model().eval()
-    nn.init.normal_(other.classifier.out_proj.weight)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())["config"]
-    add_task_adapters(other, config["reduction_factor"])
-    load_files(other, tmp_path / "pytorch_adapter.bin", tmp_path / "pytorch_model_head.bin")
-    assert torch.equal(other(**batch()).logits, model(**batch()).logits)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "adapter_config.json", "head_config.json", "pytorch_adapter.bin", "pytorch_model_head.bin"]
+    set_language(twin, "sw")
+    swapped = twin(**inputs).logits
+    assert not torch.equal(swapped, before) and torch.equal(model(**inputs).logits, before)
+    randomise(adapter_blocks(twin, "task"), 5)
+    assert not torch.equal(twin(**inputs).logits, swapped) and torch.equal(model(**inputs).logits, before)
+    remove_adapters(twin)
+    assert torch.equal(twin(**inputs).logits, tiny_model().eval()(**inputs).logits)
+    assert torch.equal(model(**inputs).logits, before)
 
 
 def test_a_meta_model_runs_forward_and_backward_so_nothing_is_pinned_to_a_device():
     with torch.device("meta"):
         model = tiny_model()
+    add_language_adapter(model, "en")
     blocks = add_task_adapters(model)
+    set_language(model, "en")
+    add_lora(model, name="lora")
+    model.base_model.invertible_adapters.stack[:] = ["en", "task", "lora"]
     assert all(parameter.is_meta for parameter in model.parameters())
     inputs = {key: batch()[key].to("meta") for key in ("input_ids", "labels")}
     unfreezer = Unfreezer(blocks, "gu", k=1)
@@ -191,16 +405,334 @@ def test_a_meta_model_runs_forward_and_backward_so_nothing_is_pinned_to_a_device
 
 
 def test_impossible_adapters_are_refused():
-    model = tiny_model()
+    model, gpt = tiny_model(), transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_layer=1, n_embd=4, n_head=1, vocab_size=9))
     add_task_adapters(model)
     for call, message in [(lambda: add_task_adapters(model), "already has an adapter named 'task'"),
+                          (lambda: add_lora(model), "already has an adapter named 'task'"),
                           (lambda: add_task_adapters(tiny_model(), 17), "reduction_factor must be in 1..16"),
+                          (lambda: add_task_adapters(tiny_model(), 0), "reduction_factor must be in 1..16"),
                           (lambda: add_task_adapters(tiny_model(), name="a.b"), "without a dot"),
-                          (lambda: save_adapter(model, "other", "/nowhere"), "no adapter named 'other'"),
-                          (lambda: add_task_adapters(transformers.GPT2LMHeadModel(transformers.GPT2Config(
-                              n_layer=1, n_embd=4, n_head=1, vocab_size=9))), "model type 'gpt2'")]:
+                          (lambda: add_language_adapter(model, "to"), "'to' cannot name an adapter"),
+                          (lambda: save_adapter(model, "other", "/nowhere"), "named 'other'; it has: task"),
+                          (lambda: merge_lora(model), "'task' is no LoRA"),
+                          (lambda: add_lora(model, targets=("out",)), "targets must be some of query, key"),
+                          (lambda: add_lora(model, r=0), "r must be a whole number"),
+                          (lambda: add_lora(tiny_model("DebertaV2")), "no LoRA for model type 'deberta-v2'"),
+                          (lambda: add_task_adapters(gpt), "no adapters for model type 'gpt2'")]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# ---- adapters.py: files ------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, kind: str) -> nn.Module:
+    """A model of which one adapter, "task" or "en", was saved."""
+    if kind == "lora":
+        model = tiny_model()
+        randomise(add_lora(model, alpha=4, targets=("key", "value"), leave_out=(1,)))
+    elif kind == "task":
+        model = tiny_model()
+        randomise(add_task_adapters(model, reduction_factor=4, leave_out=(LAYERS - 1,)))
+    else:
+        model = tiny_model(head=kind)
+        randomise(add_language_adapter(model, "en", reduction_factor=4))
+        set_language(model, "en")
+    save_adapter(model, "en" if kind not in ("lora", "task") else "task", folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["task", "lora", "SequenceClassification", "MaskedLM"])
+@pytest.mark.parametrize("safe", [False, True])
+def test_a_saved_adapter_and_its_head_bring_back_the_logits(kind, safe, tmp_path):
+    model, inputs = saved(tmp_path, kind), {"input_ids": batch()["input_ids"]}
+    language = kind not in ("task", "lora")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json"] + [
+        "head_config.json", "pytorch_adapter.bin", "pytorch_model_head.bin"][1 if language else 0 : 2 if language else 3]
+    for path in tmp_path.glob("*.bin") if safe else ():
+        name = path.name.removeprefix("pytorch_").replace(".bin", ".safetensors")
+        save_file(torch.load(path, weights_only=True), tmp_path / name)
+        path.unlink()
+    other = tiny_model(head="MaskedLM" if kind == "MaskedLM" else "SequenceClassification").eval()
+    if not language:
+        nn.init.normal_(other.classifier.out_proj.weight)  # the head beside the adapter makes up for it
+    state = torch.get_rng_state()
+    assert load_adapter(other, tmp_path, "mine") == "mine" and torch.equal(torch.get_rng_state(), state)
+    if language:
+        assert other.base_model.invertible_adapters.stack == []
+        assert not any(parameter.requires_grad for parameter in other.base_model.parameters())
+        set_language(other, "mine")
+    else:
+        assert all(p.requires_grad for block in adapter_blocks(other, "mine") for p in block.parameters())
+    assert torch.equal(other(**inputs)[0], model(**inputs)[0])
+    save_adapter(other, "mine", tmp_path / "again")
+    third = tiny_model(head="MaskedLM" if kind == "MaskedLM" else "SequenceClassification").eval()
+    assert load_adapter(third, tmp_path / "again") == "mine"
+    set_language(third, "mine" if language else None)
+    assert torch.equal(third(**inputs)[0], model(**inputs)[0])
+
+
+def test_the_head_of_another_class_is_left_alone_and_a_base_model_needs_none(tmp_path):
+    model = saved(tmp_path, "task")
+    other = tiny_model(head="MultipleChoice")
+    before = [parameter.clone() for parameter in other.classifier.parameters()]
+    load_adapter(other, tmp_path)
+    assert all(map(torch.equal, before, other.classifier.parameters()))
+    bare = tiny_model().roberta.eval()
+    load_adapter(bare, tmp_path)
+    inputs = {"input_ids": batch()["input_ids"]}
+    assert torch.equal(bare(**inputs)[0], model.roberta(**inputs)[0])
+    save_adapter(bare, "task", tmp_path / "bare", with_head=False)
+    ours, theirs = (torch.load(path / "pytorch_adapter.bin", weights_only=True)
+                    for path in (tmp_path, tmp_path / "bare"))
+    assert ours.keys() == theirs.keys()
+
+
+def rewrite(folder: Path, config: dict | str | None = None, keys=lambda key: key, **facts) -> None:
+    """Change an adapter's files: its config, its other facts (None: dropped) and the names of its weights."""
+    path = folder / "adapter_config.json"
+    content = json.loads(path.read_text()) | facts
+    if isinstance(config, dict) and isinstance(content["config"], dict):
+        config = content["config"] | config
+    content["config"] = config or content["config"]
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    weights = torch.load(folder / "pytorch_adapter.bin", weights_only=True)
+    torch.save({keys(key): value for key, value in weights.items()}, folder / "pytorch_adapter.bin")
+
+
+def test_early_hub_files_load_by_their_names_of_then(tmp_path):
+    model = saved(tmp_path, "SequenceClassification")
+    nested = {"block_type": "nice", "non_linearity": "relu", "reduction_factor": 4}
+    early = {"LN_after": False, "LN_before": False, "MH_Adapter": False, "Output_Adapter": True,
+             "adapter_residual_before_ln": False, "attention_type": "sent-lvl-dynamic", "new_attention_norm": False,
+             "non_linearity": "relu", "original_ln_after": True, "original_ln_before": True,
+             "reduction_factor": 4, "residual_before_ln": True, "invertible_adapter": nested}
+    rewrite(tmp_path, keys=lambda key: key.replace(".adapters.", ".layer_text_lang_adapters.").replace(
+        "invertible_adapters", "invertible_lang_adapters"), version=None)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config": early}))
+    other = tiny_model().eval()
+    assert load_adapter(other, tmp_path) == "en"
+    set_language(other, "en")
+    assert torch.equal(other(**batch()).logits, model(**batch()).logits)
+
+
+def test_a_config_by_name_a_task_adapter_without_its_invertible_block_and_old_gelu(tmp_path):
+    model = tiny_model().eval()
+    randomise(add_task_adapters(model, 16))
+    save_adapter(model, "task", tmp_path)
+    expected = model(**batch()).logits
+    for name, facts in (("pfeiffer", {}), ("seq_bn", {}), ("pfeiffer+inv", {"type": "text_task"})):
+        rewrite(tmp_path, name, **facts)
+        other = tiny_model().eval()
+        load_adapter(other, tmp_path)
+        assert torch.equal(other(**batch()).logits, expected), name
+    for version, name in ((None, "gelu_new"), ("adapters.1.3.0", "gelu")):  # gelu meant gelu_new at first
+        rewrite(tmp_path, adapters.SEQ_BN | {"non_linearity": "gelu"}, version=version)
+        other = tiny_model()
+        load_adapter(other, tmp_path)
+        assert other.base_model.invertible_adapters.configs["task"]["non_linearity"] == name
+
+
+@pytest.mark.parametrize("kind, config, message", [
+    *(("task", {key: value}, f"{key} {value!r} in its config is not supported") for key, value in {
+        "mh_adapter": True, "output_adapter": False, "original_ln_after": False, "is_parallel": True,
+        "use_gating": True, "cross_adapter": True, "dropout": 0.1, "phm_layer": True, "stochastic_depth": 0.1,
+        "residual_before_ln": "post_add", "scaling": "learned", "non_linearity": "mish", "inv_adapter": "glow",
+        "reduction_factor": {"default": 16}, "leave_out": "0", "a_new_idea": 3, "architecture": "prefix_tuning",
+        "invertible_adapter": {"block_type": "nice", "non_linearity": "tanh"}}.items()),
+    *(("lora", {key: value}, f"{key} {value!r} in its config is not supported") for key, value in {
+        "selfattn_lora": False, "intermediate_lora": True, "output_lora": True, "dropout": 0.1, "use_dora": True,
+        "composition_mode": "scale", "use_gating": True, "vera_d": 0.1, "attn_matrices": ["q", "o"], "r": 2.5,
+        "dtype": "float16"}.items()),
+    ("task", "houlsby", "config 'houlsby' is none of seq_bn, pfeiffer"), ("task", [1], "is none of seq_bn"),
+])
+def test_a_config_that_is_not_computed_here_is_refused_by_name(kind, config, message, tmp_path):
+    saved(tmp_path, kind)
+    rewrite(tmp_path, config)
+    model = tiny_model()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_adapter(model, tmp_path)
+    assert not hasattr(model.base_model, "invertible_adapters")
+
+
+def test_a_lora_of_the_versions_with_wrong_scaling_loads_as_it_was_trained(tmp_path):
+    model = saved(tmp_path, "lora")
+    rewrite(tmp_path, version="adapters.1.0.1")
+    load_adapter(model, tmp_path, "old")
+    assert adapter_blocks(model, "task")[0]["key"].scaling == 0.5
+    assert adapter_blocks(model, "old")[0]["key"].scaling == 1
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("the_bomb_went_off",)
+
+
+def break_weights(change):
+    def apply(folder: Path) -> None:
+        weights = torch.load(folder / "pytorch_adapter.bin", weights_only=True)
+        torch.save(change(weights), folder / "pytorch_adapter.bin")
+
+    return apply
+
+
+def cut(name: str):
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
+
+
+BAD_FILES = {
+    "no folder": (shutil.rmtree, "no adapter folder"),
+    "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "it has no adapter_config.json"),
+    "no weights": (lambda folder: (folder / "pytorch_adapter.bin").unlink(), "neither adapter.safetensors nor"),
+    "cut config": (cut("adapter_config.json"), "adapter_config.json is damaged"),
+    "config a list": (lambda folder: (folder / "adapter_config.json").write_text("[1]"), "is damaged"),
+    "cut weights": (cut("pytorch_adapter.bin"), "pytorch_adapter.bin holds no readable weights"),
+    "cut head": (cut("pytorch_model_head.bin"), "pytorch_model_head.bin holds no readable weights"),
+    "cut safetensors": (lambda folder: (folder / "adapter.safetensors").write_bytes(b"\xff" * 99),
+                        "adapter.safetensors holds no readable weights"),
+    "code in a pickle": (lambda folder: torch.save(Bomb(), folder / "pytorch_adapter.bin"), "(UnpicklingError)"),
+    "no tensors": (break_weights(lambda weights: dict.fromkeys(weights, 1)), "holds no readable weights"),
+    "integers": (break_weights(lambda weights: {key: value.long() for key, value in weights.items()}),
+                 "holds no readable weights"),
+    "a missing layer": (break_weights(lambda weights: {key: value for key, value in weights.items()
+                                                       if ".layer.2." not in key}),
+                        "it lacks encoder.layer.2.output.adapters.task.adapter_down.0.bias (4 weights)"),
+    "a layer too many": (break_weights(lambda weights: weights | {
+        key.replace("layer.1", "layer.9"): value for key, value in weights.items()}), "it has also encoder.layer.9"),
+    "wrong shapes": (break_weights(lambda weights: {key: value[:1] for key, value in weights.items()}),
+                     "has the shape [1, 16], not [4, 16]"),
+    "another hidden size": (lambda folder: rewrite(folder, hidden_size=768), "hidden_size 768, this one has 16"),
+    "another model": (lambda folder: rewrite(folder, model_type="bert"), "'bert', this one has 'xlm-roberta'"),
+    "a dotted name": (lambda folder: rewrite(folder, name="a.b"), "'a.b' cannot name an adapter"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.parametrize("as_language", [False, True])
+def test_bad_files_give_one_line_and_leave_the_model_as_it_was(name, as_language, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "files", "task")
+    change, message = BAD_FILES[name]
+    change(tmp_path / "files")
+    if as_language and name in ("cut head", "a dotted name"):
+        pytest.skip("a language adapter has no head and no name of the file's")
+    for model in (tiny_model(), madx_model(num_labels=3)):
+        before = [(key, value.clone()) for key, value in model.state_dict().items()]
+        flags = [parameter.requires_grad for parameter in model.parameters()]
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)) as caught:
+            if as_language:
+                add_language_adapter(model, "th", tmp_path / "files")
+            else:
+                load_adapter(model, tmp_path / "files", None if name == "a dotted name" else "new")
+        assert "\n" not in str(caught.value) and not Path("the_bomb_went_off").exists()
+        assert [key for key, _ in before] == list(model.state_dict())
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in before)
+        assert flags == [parameter.requires_grad for parameter in model.parameters()]
+
+
+def hub_cache(folder: Path, repository: str, files: Path) -> None:
+    """The local cache of the hub's client, with one repository in it."""
+    place = folder / "hub" / f"models--{repository.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(files, place / "snapshots" / ("0" * 40))
+
+
+def run_alone(code: str, folder: Path, python: str = sys.executable, **environment) -> str:
+    run = subprocess.run([python, "-c", code], cwd=folder, text=True, capture_output=True,
+                         env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+ADAPTERHUB = os.environ.get("ADAPTERHUB_PYTHON")  # of an environment with adapters==1.3.0, transformers 4.57
+
+
+@pytest.mark.parametrize("python", [
+    sys.executable, pytest.param(ADAPTERHUB, marks=pytest.mark.skipif(not ADAPTERHUB, reason=(
+        "set ADAPTERHUB_PYTHON to the Python of an environment with adapters==1.3.0")))])
+def test_adapters_py_works_alone_and_from_the_hub(python, tmp_path):
+    model = saved(tmp_path / "files", "SequenceClassification")
+    model.save_pretrained(tmp_path / "unused")  # a patched model can be saved
+    expected = model(**batch()).logits.detach()
+    remove_adapters(model)
+    model.save_pretrained(tmp_path / "base")
+    hub_cache(tmp_path / "cache", "AdapterHub/xlm-roberta-base-sw-wiki_pfeiffer", tmp_path / "files")
+    save_file({"ids": batch()["input_ids"], "mask": batch()["attention_mask"], "logits": expected},
+              tmp_path / "expected.safetensors")
+    (tmp_path / "empty").mkdir()
+    shutil.copy(HERE / "adapters.py", tmp_path / "empty")
+    print(run_alone("""
+import torch, transformers
+from safetensors.torch import load_file
+from adapters import *
+model = transformers.XLMRobertaForSequenceClassification.from_pretrained("../base")
+add_language_adapter(model, "sw", "AdapterHub/xlm-roberta-base-sw-wiki_pfeiffer")
+set_language(model, "sw")
+stored = load_file("../expected.safetensors")
+logits = model(input_ids=stored["ids"], attention_mask=stored["mask"]).logits
+assert (logits - stored["logits"]).abs().max() < 1e-5
+for add, name in ((add_task_adapters, "task"), (add_lora, "lora")):
+    blocks = add(model, name=name)
+    model(input_ids=stored["ids"], labels=torch.zeros(5).long()).loss.backward()
+    assert all(any(p.grad is not None for p in block.parameters()) for block in blocks)
+for name in ("task", "lora"):
+    save_adapter(model, name, name)
+    assert load_adapter(model, name, name + "2") == name + "2"
+try:
+    add_language_adapter(model, "de", "AdapterHub/xlm-roberta-base-de-wiki_pfeiffer")
+    raise SystemExit("an adapter out of nothing")
+except ValueError as error:
+    assert "is not in the local cache" in str(error), error
+remove_adapters(model)
+""", tmp_path / "empty", python, HF_HOME=str(tmp_path / "cache")))
+
+
+@pytest.mark.skipif(not ADAPTERHUB, reason="set ADAPTERHUB_PYTHON to the Python of an environment with adapters==1.3.0")
+@pytest.mark.parametrize("kind", ["XLMRoberta", "Bert", "DebertaV2"])
+@pytest.mark.parametrize("what", ["task", "stack", "lora", "head", "gelu and norms", "masked LM"])
+def test_adapterhubs_library_computes_the_same_with_what_we_save(kind, what, tmp_path):
+    if kind == "DebertaV2" and what == "lora":
+        pytest.skip("no LoRA for DeBERTa")
+    model = tiny_model(kind, "MaskedLM" if what == "masked LM" else "SequenceClassification").eval()
+    model.save_pretrained(tmp_path / "base")
+    stack = []
+    if what in ("masked LM", "stack"):
+        randomise(add_language_adapter(model, "en"))
+        stack.append("en")
+    if what == "lora":
+        randomise(add_lora(model, r=4, alpha=6))
+    elif what == "gelu and norms":
+        with_adapter(model, adapters.SEQ_BN | {"reduction_factor": 4, "non_linearity": "gelu", "scaling": 0.5,
+                                               "ln_before": True, "ln_after": True, "leave_out": [1]})
+    elif what != "masked LM":
+        randomise(add_task_adapters(model, 4))
+    if what == "head":
+        randomise([model.classifier])
+    stack += [] if what == "masked LM" else ["task"]
+    set_language(model, "en" if "en" in stack else None)
+    for name in stack:
+        save_adapter(model, name, tmp_path / name, with_head=what == "head")
+    inputs = {key: value for key, value in batch().items() if key != "labels"}
+    save_file(inputs | {"logits": model(**inputs).logits.detach()}, tmp_path / "expected.safetensors")
+    output = run_alone(f"""
+import adapters, torch, transformers
+from safetensors.torch import load_file
+if {what == "masked LM"}:  # only the library's own class has the inverse before the decoder
+    model = adapters.{kind}AdapterModel.from_pretrained("base").eval()
+else:
+    model = transformers.{type(model).__name__}.from_pretrained("base").eval()
+    adapters.init(model)
+for name in {stack}:
+    model.load_adapter(name)
+model.active_adapters = adapters.composition.Stack(*{stack})
+inputs = load_file("expected.safetensors")
+logits = inputs.pop("logits")
+print((model(**inputs).logits - logits).abs().max().item())
+""", tmp_path, ADAPTERHUB)
+    assert float(output.split()[-1]) < 1e-5
 
 
 # ---- fisher.py ---------------------------------------------------------------------------------------------
@@ -228,6 +760,7 @@ CASES = {
     "many tokens: per-example gradients": ("XLMRoberta", "SequenceClassification", 8, batch(5, 30)),
     "BERT": ("Bert", "SequenceClassification", 4, batch()),
     "multiple choice": ("Bert", "MultipleChoice", 4, batch(choices=3)),
+    "LoRA": ("XLMRoberta", "SequenceClassification", None, batch()),
 }
 
 
@@ -235,7 +768,7 @@ CASES = {
 def test_the_trace_equals_a_loop_over_single_examples(name):
     kind, head, reduction, inputs = CASES[name]
     model = tiny_model(kind, head).eval()
-    blocks = randomise(add_task_adapters(model, reduction))
+    blocks = randomise(add_task_adapters(model, reduction) if reduction else add_lora(model, r=3, alpha=2))
     p = probabilities(model, inputs)
     drawn = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(5))[:, 0]
     sampled = fisher_trace(model, [inputs], blocks, generator=torch.Generator().manual_seed(5))
