@@ -277,7 +277,7 @@ def adapter_blocks(model: nn.Module, name: str) -> list[nn.Module]:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, name: str = "task") -> None:
-    """Fold a LoRA into the base model, W <- W + (alpha / r) B A, and drop it. Raises ValueError if it is none."""
+    """Fold a LoRA into the base model, W <- W + (alpha / r) B A, and drop it; ValueError if it is none."""
     modules, record = _modules(model, name), _record(model)
     if record.configs[name].get("architecture") != "lora":
         raise ValueError(f"adapter {name!r} is no LoRA: only a LoRA can be merged")
@@ -391,7 +391,7 @@ def _modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
 
 def _check_new(model: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"{name!r} cannot name an adapter: choose a word without a dot that torch leaves free")
+        raise ValueError(f"{name!r} cannot name an adapter: take a word without a dot that torch leaves free")
     if name in getattr(getattr(model.base_model, "invertible_adapters", None), "configs", {}):
         raise ValueError(f"the model already has an adapter named {name!r}: choose another name")
 
@@ -562,10 +562,10 @@ VARIABLE = {  # what a loaded config may set otherwise than SEQ_BN and LORA do
     "leave_out": lambda value: isinstance(value, list) and all(isinstance(layer, int) for layer in value),
     "inv_adapter": lambda value: value in (None, "nice"),
     "inv_adapter_reduction_factor": lambda value: value is None or _is_number(value),
-    "attn_matrices": lambda value: value and isinstance(value, list) and all(one in [*"qkv"] for one in value),
+    "attn_matrices": lambda value: value and isinstance(value, list) and {*map(str, value)} <= {*"qkv"},
 }
-# How weights start, how AdapterFusion attends, and the details of PHM layers, which `phm_layer` turns on.
-WITHOUT_EFFECT = re.compile(r"init_weights\w*|attention_type|new_attention_norm|(?!phm_layer)\w*(phm|hyperc)\w*")
+WITHOUT_EFFECT = re.compile(  # how weights start, AdapterFusion, and PHM layers, which phm_layer turns on
+    r"init_weights\w*|attention_type|new_attention_norm|hypercomplex\w*|(?!phm_layer)\w*phm\w*")
 
 
 def _read_config(folder: Path, facts: dict) -> dict:

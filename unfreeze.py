@@ -5,6 +5,7 @@ Transfer with Scheduled Unfreezing. NAACL 2024 (Algorithm 1, Table 3).
 
     python unfreeze.py xnli --data FOLDER --method fun                   # XLM-R base by the paper's preset
     python unfreeze.py classify --data demo/data --model demo/model      # after python extras/demo.py
+    python unfreeze.py mlm --language th --data thai.txt                 # a language adapter the hub lacks
     python unfreeze.py report runs/*                                     # a table over finished runs
 
     from unfreeze import Unfreezer                                       # the schedule in a loop of your own
@@ -17,6 +18,7 @@ chooses its first block by tr(F) too (there it is the top one), tr(F) is equatio
 
 import argparse
 import dataclasses
+import io
 import json
 import math
 import os
@@ -37,14 +39,13 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          DataCollatorForLanguageModeling, DataCollatorWithPadding)
 
-from adapters import add_task_adapters, save_adapter, save_head, write_atomically
+from adapters import (add_language_adapter, add_lora, add_task_adapters, save_adapter, save_head,
+                      set_language, write_atomically)
 from fisher import LABELS, fisher_trace
-
-
-class UserError(Exception):
-    """A mistake the user can mend: printed as one line, exit status 2."""
+from tasks import PRESETS, TASKS, UserError, accuracy, encode, load_data, read_text
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -152,7 +153,10 @@ class Settings:
     method: str = option("gu", "which blocks open when", choices=list(SELECT))
     order: str | None = option(None, "for --method order: all blocks, first opened first", metavar="11,10,…")
     k: int | None = option(None, "steps between two openings", type=int)
+    adapter: str = option("pfeiffer", "what is trained in each layer", choices=["pfeiffer", "lora"])
     model: str = option("FacebookAI/xlm-roberta-base", "a folder or a hub name (XLM-R, RoBERTa, BERT)")
+    language_adapters: str = option("auto", "stacked below the task's: the hub's for a hub model, none, or "
+                                    "those in FOLDER/<language>", metavar="auto|none|FOLDER")
     data: str | None = option(None, "folder with train.en.jsonl, validation.en.jsonl, test.<language>.jsonl")
     languages: str | None = option(None, "tested beside English (default: the task's)", metavar="de,sw,…")
     epochs: int | None = option(None, "passes over the training data", type=int)
@@ -174,27 +178,24 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A classification task on one text or a pair: its columns, labels and the paper's test languages."""
+class LanguageSettings:
+    """The command line of `mlm`, with the paper's recipe for a language adapter that the hub lacks."""
 
-    texts: tuple[str, ...]
-    optional_text: str | None = None  # used where the training file has it
-    labels: tuple | None = None  # None: those of the training file
-    languages: tuple[str, ...] | None = None  # None: every test file there is
-
-
-TASKS = {
-    "xnli": Task(("premise", "hypothesis"), labels=(0, 1, 2),  # the paper leaves out bg, fr and ur
-                 languages=("en", "ar", "de", "el", "es", "hi", "ru", "sw", "th", "tr", "vi", "zh")),
-    "classify": Task(("text",), optional_text="text_pair"),
-}
-
-# Table 3. k: LPFT / GU / FUN; methods of which the table says nothing take GU's.
-PRESETS = {
-    ("xnli", "bert"): {"epochs": 15, "lr": 5e-4, "batch_size": 128, "k": {"lpft": 25, "gu": 800, "fun": 50}},
-    ("xnli", "xlm-roberta"): {"epochs": 15, "lr": 5e-4, "batch_size": 128, "k": {"gu": 800}},
-    ("classify", "xlm-roberta"): {"epochs": 3, "lr": 8e-4, "batch_size": 32, "k": None},  # not the paper's
-}
+    task: str
+    language: str = option(None, "the language's code, and the adapter's name", required=True)
+    data: str = option(None, "a text file in UTF-8, a sentence or a paragraph a line", required=True)
+    model: str = option("FacebookAI/xlm-roberta-base", "a folder or a hub name (XLM-R, RoBERTa, BERT)")
+    epochs: int = option(100, "passes over the text", type=int)
+    steps: int | None = option(None, "training steps, instead of --epochs", type=int)
+    lr: float = option(1e-4, "learning rate at the start, linear to zero", type=float)
+    batch_size: int = option(64, "sequences per step", type=int)
+    max_length: int = option(512, "tokens per sequence", type=int)
+    seed: int = option(0, "of the adapter, dropout, masks and data order", type=int)
+    save_every: int = option(500, "steps between two saves", type=int)
+    device: str | None = option(None, "default: cuda when there is one", choices=["cpu", "cuda"])
+    bf16: bool = option(False, "bfloat16 autocast", action="store_true")
+    out: str | None = option(None, "the adapter's folder (default: runs/mlm-MODEL/LANGUAGE)")
+    overwrite: bool = option(False, "start anew, and replace a finished run", action="store_true")
 
 
 def resolve(settings: Settings, model_type: str, layers: int, train_examples: int) -> Settings:
@@ -210,127 +211,44 @@ def resolve(settings: Settings, model_type: str, layers: int, train_examples: in
                                batch_size=batch_size)
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings | LanguageSettings) -> None:
     """Refuse numbers that cannot work, before anything is loaded or written."""
     least_values = {"k": 1, "epochs": 1, "steps": 1, "batch_size": 1, "max_length": 8, "train_examples": 1,
-                    "test_examples": 1, "seed": 0, "fisher_every": 0, "fisher_batches": 1}
+                    "test_examples": 1, "seed": 0, "fisher_every": 0, "fisher_batches": 1, "save_every": 1}
     for name, least in least_values.items():
-        value = getattr(settings, name)
+        value = getattr(settings, name, None)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if settings.seed >= 2**32:
         raise UserError(f"--seed must be below {2**32}, not {settings.seed}")
     if settings.lr is not None and not 0 < settings.lr < math.inf:
         raise UserError(f"--lr must be a positive number, not {settings.lr}")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    if isinstance(settings, LanguageSettings):
+        return
     if settings.epochs and settings.steps:
         raise UserError("--epochs and --steps exclude each other: give one of them")
     if (settings.method == "order") != (settings.order is not None):
         raise UserError("--method order and --order 11,10,… go together: give both or neither")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     if settings.data is None:
         raise UserError(f"--data is missing: name the folder that holds train.en.jsonl for {settings.task}")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Data: JSON lines in, token ids out
+# Model and language adapters
 # ------------------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path, texts: tuple[str, ...], labels: list | None) -> list[dict]:
-    """The rows of one file; every one is checked, and an error names file and line."""
-    if not path.is_file():
-        raise UserError(f"missing data file {path}: --data must hold train.en.jsonl, validation.en.jsonl and "
-                        "test.<language>.jsonl")
-    rows = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError:
-                row = None
-            check_row(row, f"{path}:{number}", texts, labels)
-            rows.append(row)
-    if not rows:
-        raise UserError(f"{path} is empty: it needs one JSON object a line")
-    return rows
-
-
-def check_row(row: dict, place: str, texts: tuple[str, ...], labels: list | None) -> None:
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: not a JSON object in UTF-8; each line must be one")
-    for column in (*texts, "label"):
-        if row.get(column) is None:
-            raise UserError(f"{place}: no column {column!r}; each line needs {', '.join((*texts, 'label'))}")
-    for column in texts:
-        if not isinstance(row[column], str):
-            raise UserError(f"{place}: column {column!r} must be a string, not {row[column]!r}")
-    if type(row["label"]) not in (int, str):
-        raise UserError(f"{place}: label {row['label']!r} must be a string or an integer")
-    if labels is not None and row["label"] not in labels:
-        raise UserError(f"{place}: label {row['label']!r} is not one of the training labels "
-                        f"({', '.join(map(str, labels[:5]))}{', …' * (len(labels) > 5)})")
-
-
-def load_data(settings: Settings) -> tuple[dict[str, list[dict]], tuple[str, ...], list]:
-    """The splits (train, validation, one per test language, English first), the text columns, the labels."""
-    task, folder = TASKS[settings.task], Path(settings.data)
-    texts, train = task.texts, read_rows(folder / "train.en.jsonl", task.texts, task.labels)
-    if task.optional_text in train[0]:
-        texts = (*task.texts, task.optional_text)
-        train = read_rows(folder / "train.en.jsonl", texts, task.labels)
-    found = {row["label"] for row in train}  # integers by value, strings by alphabet
-    labels = list(task.labels or sorted(found, key=lambda label: (isinstance(label, str), label)))
-    splits = {"train": train, "validation": read_rows(folder / "validation.en.jsonl", texts, labels)}
-    for language in test_languages(settings, folder):
-        rows = read_rows(folder / f"test.{language}.jsonl", texts, labels)
-        splits[language] = sample(rows, settings.test_examples, seed=0)  # every run tests on the same ones
-    splits["train"] = sample(train, settings.train_examples, settings.seed)
-    return splits, texts, labels
-
-
-def sample(rows: list[dict], count: int | None, seed: int) -> list[dict]:
-    """`count` rows at random in their own order, or all: files are often sorted by label."""
-    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
-    return [rows[i] for i in chosen.sort().values]
-
-
-def test_languages(settings: Settings, folder: Path) -> list[str]:
-    """English, then those asked for, by default the task's."""
-    there = sorted(path.name.split(".")[1] for path in folder.glob("test.*.jsonl"))
-    wanted = settings.languages.split(",") if settings.languages else TASKS[settings.task].languages or there
-    for language in ("en", *wanted):
-        if language not in there:
-            known = ", ".join(there) or "no language"
-            raise UserError(f"no file test.{language}.jsonl in {folder}, only for {known}: use --languages")
-    return ["en", *(language for language in dict.fromkeys(wanted) if language != "en")]
-
-
-def encode(rows: list[dict], texts: tuple[str, ...], labels: list, tokenizer, max_length: int) -> list[dict]:
-    """One dictionary of token ids, attention mask and label number per row, unpadded."""
-    columns = [[row[column] for row in rows] for column in texts]
-    encoded = tokenizer(*columns, truncation=True, max_length=max_length)
-    return [{key: values[i] for key, values in encoded.items()} | {"labels": labels.index(row["label"])}
-            for i, row in enumerate(rows)]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Model and evaluation
-# ------------------------------------------------------------------------------------------------------------
-
-
-def load_model(settings: Settings, labels: list):
-    """Tokenizer, model with a new classification head, its blocks; weights come from safetensors only."""
+def load_model(settings: Settings | LanguageSettings, head: type, patch: Callable, **config):
+    """Tokenizer, model with this head, and what `patch` adds to it; weights come from safetensors only."""
     folder = Path(settings.model)
     if folder.is_dir() and not list(folder.glob("model*.safetensors")):
         raise UserError(f"model folder {folder} has no weights: put model.safetensors beside its config.json")
-    names = [str(label) for label in labels]
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            settings.model, use_safetensors=True, id2label=dict(enumerate(names)),
-            label2id={name: i for i, name in enumerate(names)})
-        blocks = add_task_adapters(model)
+        model = head.from_pretrained(settings.model, use_safetensors=True, **config)
+        added = patch(model)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load model {settings.model!r} ({reason}): --model takes a folder with "
@@ -338,20 +256,30 @@ def load_model(settings: Settings, labels: list):
     positions = model.config.max_position_embeddings - (2 if "roberta" in model.config.model_type else 0)
     if settings.max_length > positions:
         raise UserError(f"--max-length {settings.max_length} is more than the model's {positions} positions")
-    return tokenizer, model, blocks
+    return tokenizer, model, added
 
 
-@torch.inference_mode()
-def accuracy(model: nn.Module, examples: list[dict], collate: Callable, autocast: Callable) -> float:
-    """Percent of examples classified right, computed in eval mode in batches of similar length."""
-    model.eval()
-    by_length = sorted(examples, key=lambda example: len(example["input_ids"]))
-    right = 0
-    for start in range(0, len(by_length), 64):
-        batch = collate(by_length[start : start + 64])
-        with autocast():
-            right += (model(**batch).logits.argmax(-1) == batch["labels"]).sum().item()
-    return 100 * right / len(examples)
+def load_language_adapters(settings: Settings, model: nn.Module, languages: list[str]) -> dict:
+    """Load the language adapters, English first; returns by language the one to stack (None: no adapter)."""
+    source = settings.language_adapters
+    if source == "none" or (source == "auto" and Path(settings.model).is_dir()):
+        return dict.fromkeys(languages)
+    hub = f"AdapterHub/{Path(settings.model).name}-{{}}-wiki_pfeiffer"
+    stacked = {}
+    for language in languages:
+        place = hub.format(language) if source == "auto" else f"{source}/{language}"
+        try:
+            add_language_adapter(model, language, place if source == "auto" else Path(place))
+            stacked[language] = language
+        except (FileNotFoundError, ValueError) as error:
+            if isinstance(error, ValueError) or Path(place).is_dir():
+                raise UserError(f"--language-adapters {source}: {error}") from None
+            if language == "en" and source != "auto":
+                raise UserError(f"no folder {place}: training needs an English adapter") from None
+            if language == "en":
+                return dict.fromkeys(languages)
+            stacked[language] = "en"
+    return stacked
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -363,12 +291,18 @@ def train(settings: Settings) -> None:
     """One run, from the data to results.json in its folder."""
     started = time.time()
     check(settings)
-    out = run_folder(settings)
+    out = run_folder(settings, f"-{settings.method}-{settings.seed}")
     splits, texts, labels = load_data(settings)
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(settings.seed)
-    tokenizer, model, blocks = load_model(settings, labels)
+    names = [str(label) for label in labels]
+    tokenizer, model, blocks = load_model(
+        settings, AutoModelForSequenceClassification,
+        {"pfeiffer": add_task_adapters, "lora": add_lora}[settings.adapter],
+        id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    languages = load_language_adapters(settings, model, list(splits)[2:])  # after train and validation
+    set_language(model, languages["en"])
     model.to(device)
     settings = resolve(settings, model.config.model_type, len(blocks), len(splits["train"]))
     for name, rows in splits.items():
@@ -406,7 +340,7 @@ def train(settings: Settings) -> None:
         unfreezer = Unfreezer(blocks, settings.method, settings.k, trace, given, settings.seed)
     except ValueError as error:
         raise UserError(f"--order {settings.order}: {error}") from None
-    introduce(settings, splits, len(blocks), device)
+    introduce(settings, splits, len(blocks), languages, device)
     log = start_log(out)
     per_epoch = math.ceil(len(examples) / settings.batch_size)
     losses, best, best_accuracy = [], None, -1.0
@@ -450,43 +384,55 @@ def train(settings: Settings) -> None:
         for parameter, value in zip(learned, best):
             parameter.copy_(value)
     scores = {}
-    for language in tqdm([name for name in splits if name not in ("train", "validation")], desc="testing"):
+    for language in tqdm(languages, desc="testing"):
+        set_language(model, languages[language])  # zero-shot: the task adapter stays
         scores[language] = {"accuracy": accuracy(model, splits[language], collate, autocast)}
         log("eval", step, split="test", language=language, **scores[language])
     save_adapter(model, "task", out / "adapter", with_head=False)
     save_head(model, out / "head")
-    save_results(out, settings, unfreezer.history, scores, best_accuracy, time.time() - started)
+    save_results(out, settings, unfreezer.history, scores, languages, best_accuracy, time.time() - started)
 
 
-def save_results(out: Path, settings: Settings, order: list, scores: dict, validation: float, seconds: float):
+def save_results(out: Path, settings: Settings, order: list, scores: dict, languages: dict, validation: float,
+                 seconds: float) -> None:
     """Write results.json, the last file of a run: it marks the run as finished."""
     targets = [score["accuracy"] for language, score in scores.items() if language != "en"]
     results = {
-        "task": settings.task, "method": settings.method, "adapter": "pfeiffer", "model": settings.model,
-        "seed": settings.seed, "k": settings.k, "steps": settings.steps, "order": order, "scores": scores,
+        "task": settings.task, "method": settings.method, "adapter": settings.adapter,
+        "model": settings.model, "seed": settings.seed, "k": settings.k, "steps": settings.steps,
+        "order": order, "scores": scores,
         "average": {"accuracy": mean(targets)} if targets else {}, "validation": {"accuracy": validation},
-        "settings": dataclasses.asdict(settings), "wall_seconds": round(seconds, 1),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": transformers.__version__},
+        "language_adapters": languages, "settings": dataclasses.asdict(settings),
+        "wall_seconds": round(seconds, 1), "versions": versions(),
     }
-    write_atomically(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False).encode() + b"\n")
+    write_json(out / "results.json", results)
     print(f"{out}: English {scores['en']['accuracy']:.1f}, mean of {len(targets)} target languages "
           f"{mean(targets or [math.nan]):.1f}, {seconds:.0f} s")
 
 
-def run_folder(settings: Settings) -> Path:
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__}
+
+
+def run_folder(settings: Settings | LanguageSettings, default: str) -> Path:
     """Where the run goes; a finished run there is refused unless --overwrite."""
-    model = Path(settings.model).name
-    out = Path(settings.out or f"runs/{settings.task}-{model}-{settings.method}-{settings.seed}")
+    out = Path(settings.out or f"runs/{settings.task}-{Path(settings.model).name}{default}")
     if (out / "results.json").exists() and not settings.overwrite:
         raise UserError(f"{out} holds a finished run: choose another --out or pass --overwrite")
     return out
 
 
-def start_log(out: Path) -> Callable:
+def start_log(out: Path, keep: bool = False) -> Callable:
     """Begin log.jsonl in the run's folder; returns log(event, step, **fields), which appends one line."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "log.jsonl").write_text("")
+    if not keep:
+        (out / "checkpoint.pt").unlink(missing_ok=True)
+        (out / "log.jsonl").write_text("")
     (out / "results.json").unlink(missing_ok=True)  # from here on the folder holds a run in progress
 
     def log(event: str, step: int, **fields) -> None:
@@ -496,13 +442,20 @@ def start_log(out: Path) -> Callable:
     return log
 
 
-def introduce(settings: Settings, splits: dict, blocks: int, device: torch.device) -> None:
+def introduce(settings: Settings, splits: dict, blocks: int, languages: dict, device: torch.device) -> None:
     """Print the resolved settings, so that nothing that shaped a run is hidden."""
-    languages = [name for name in splits if name not in ("train", "validation")]
     print(f"\n{settings.task}, {settings.method}: {len(splits['train'])} training examples, {settings.steps} "
           f"steps of {settings.batch_size}, lr {settings.lr:g}, k {settings.k}, {blocks} blocks, seed "
           f"{settings.seed}, {device}; {len(splits['validation'])} validation examples; "
-          f"test languages {' '.join(languages)}", flush=True)
+          f"test languages {' '.join(languages)}")
+    own = [language for language, stacked in languages.items() if language == stacked]
+    lacking = [language for language, stacked in languages.items() if language != stacked]
+    if own:
+        print(f"language adapters: {' '.join(own)}" + (
+            f"; none for {' '.join(lacking)}, tested with the English one" if lacking else ""), flush=True)
+    elif settings.language_adapters != "none":
+        print(f"no language adapters: the hub has none for {settings.model}; --language-adapters FOLDER adds "
+              "them", flush=True)
     last = settings.k * {"standard": 0, "none": 0, "lpft": 1}.get(settings.method, blocks - 1)
     if last >= settings.steps:
         print(f"note: k {settings.k} would open the last block at step {last} of {settings.steps}; lower --k")
@@ -533,6 +486,118 @@ def report_trace(log: Callable, step: int, trace: list[float], trainable: list[i
     cells = (f"{value:.2g}".removeprefix("0") or "0" for value in trace)
     row = "".join(f"{cell:>6}{'*' if block in trainable else ' '}" for block, cell in enumerate(cells))
     tqdm.write(f"{step:>5} {'-' if average is None else format(average, '.3g'):>8} |{row}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A language adapter, by masked-language modelling (MAD-X, section 3)
+# ------------------------------------------------------------------------------------------------------------
+
+
+def train_language(settings: LanguageSettings) -> None:
+    """Train a new language adapter on a text file; its folder then serves as one of --language-adapters.
+
+    All that is random in a step (dropout, masks) comes from the seed and the step's number, and the order of
+    the sequences from seed and epoch, so a run continued from its checkpoint ends in the very same bits.
+    The adapter learns, and the masked-LM head with it; the base model is frozen.
+    """
+    started = time.time()
+    check(settings)
+    out = run_folder(settings, f"/{settings.language}")
+    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(settings.seed)
+    tokenizer, model, modules = load_model(settings, AutoModelForMaskedLM,
+                                           lambda model: add_language_adapter(model, settings.language))
+    for module in modules:
+        module.requires_grad_(True)
+    set_language(model, settings.language)
+    model.to(device)
+    sequences = read_text(Path(settings.data), tokenizer, settings.max_length)  # [N, T]
+    is_held_out = torch.arange(len(sequences)) % 20 == 0
+    held_out, sequences = sequences[is_held_out][:64], sequences[~is_held_out]
+    mask = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+
+    def loss_of(chosen: torch.Tensor, seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        inputs = mask([{"input_ids": sequence} for sequence in chosen])
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+            return model(**{key: value.to(device) for key, value in inputs.items()}).loss
+
+    @torch.inference_mode()
+    def report_loss(step: int) -> float:
+        model.eval()  # the same masks each time
+        loss = mean(loss_of(part, seed=i).item() for i, part in enumerate(held_out.split(8)))
+        log("eval", step, split="validation", language=settings.language, loss=loss)
+        return loss
+
+    per_epoch = math.ceil(len(sequences) / settings.batch_size)
+    steps = settings.steps or settings.epochs * per_epoch
+    learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(learned.values(), lr=settings.lr, weight_decay=0.0)
+    done, losses = restore(out, settings, learned, optimizer)
+    print(f"\nmlm, {settings.language}: {len(sequences)} sequences of {settings.max_length} tokens, {steps} "
+          f"steps of {settings.batch_size}, lr {settings.lr:g}, seed {settings.seed}, {device}, {done} done")
+    log = start_log(out, keep=done > 0)
+    losses = losses or [report_loss(0)]  # at step 0 and at each save
+    for step in tqdm(range(done, steps), initial=done, total=steps, desc=settings.language, mininterval=1):
+        epoch, position = divmod(step, per_epoch)
+        if position == 0 or step == done:
+            order = train_order(settings.seed, epoch, len(sequences))
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * (1 - step / steps)
+        model.train()
+        chosen = order[position * settings.batch_size : (position + 1) * settings.batch_size]
+        loss = loss_of(sequences[chosen], settings.seed * 100_000_007 + step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(learned.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % settings.save_every == 0 or step + 1 == steps:
+            if not math.isfinite(loss.item()):
+                raise UserError(f"the loss is {loss.item()} at step {step}: lower --lr (now {settings.lr})")
+            log("train", step, loss=loss.item())
+            losses.append(report_loss(step + 1))
+            save_adapter(model, settings.language, out)
+            save_checkpoint(out, settings, learned, optimizer, step + 1, losses)
+    save_head(model, out)
+    write_json(out / "results.json", {
+        "task": "mlm", "language": settings.language, "model": settings.model, "seed": settings.seed,
+        "steps": steps, "losses": losses, "settings": dataclasses.asdict(settings),
+        "wall_seconds": round(time.time() - started, 1), "versions": versions()})
+    (out / "checkpoint.pt").unlink()
+    print(f"{out}: masked-LM loss on held-out text {losses[0]:.3f} before, {losses[-1]:.3f} after")
+
+
+def save_checkpoint(out: Path, settings: LanguageSettings, learned: dict, optimizer, step: int, losses: list):
+    """Write checkpoint.pt: all that the rest of the run depends on, except the frozen base model."""
+    state = {"settings": dataclasses.asdict(settings), "step": step, "optimizer": optimizer.state_dict(),
+             "losses": losses, "learned": {name: parameter.detach() for name, parameter in learned.items()},
+             "log_bytes": (out / "log.jsonl").stat().st_size}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(out / "checkpoint.pt", buffer.getvalue())
+
+
+def restore(out: Path, settings: LanguageSettings, learned: dict, optimizer) -> tuple[int, list]:
+    """Continue from checkpoint.pt if there is one; returns the number of steps done and the losses so far."""
+    path = out / "checkpoint.pt"
+    if settings.overwrite or not path.exists():
+        return 0, []
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved, step, losses, log_bytes = (state[key] for key in ("settings", "step", "losses", "log_bytes"))
+    except Exception:  # whatever a damaged file provokes
+        raise UserError(f"{path} is damaged: pass --overwrite to start anew") from None
+    for name, value in dataclasses.asdict(settings).items():
+        if value != saved.get(name) and name not in ("out", "overwrite", "save_every", "device"):
+            raise UserError(f"{path} is of a run with --{name.replace('_', '-')} {saved.get(name)}, not "
+                            f"{value}: give the same options, or --overwrite to start anew")
+    with torch.no_grad():
+        for name, parameter in learned.items():
+            parameter.copy_(state["learned"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    os.truncate(out / "log.jsonl", log_bytes)  # what was logged after the checkpoint is done again
+    return step, losses
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -603,7 +668,8 @@ def opening_order(run: dict) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def parse(arguments: list[str]) -> Settings:
+def parse(arguments: list[str]) -> Settings | LanguageSettings:
+    kind = LanguageSettings if arguments[:1] == ["mlm"] else Settings
     summary = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog="unfreeze.py", description=summary, allow_abbrev=False)
 
@@ -611,10 +677,10 @@ def parse(arguments: list[str]) -> Settings:
         raise UserError(f"{message} (see python unfreeze.py --help)")
 
     parser.error = refuse
-    parser.add_argument("task", choices=TASKS, help="or `report FOLDER…`: a table over finished runs")
-    for entry in dataclasses.fields(Settings)[1:]:
+    parser.add_argument("task", choices=[*TASKS, "mlm"], help="or `report FOLDER…`: a table of finished runs")
+    for entry in dataclasses.fields(kind)[1:]:
         parser.add_argument("--" + entry.name.replace("_", "-"), default=entry.default, **entry.metadata)
-    return Settings(**vars(parser.parse_args(arguments)))
+    return kind(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: list[str]) -> int:
@@ -631,7 +697,8 @@ def main(arguments: list[str]) -> int:
         if arguments[:1] == ["report"]:
             report(arguments[1:])
         else:
-            train(parse(arguments))
+            settings = parse(arguments)
+            train_language(settings) if isinstance(settings, LanguageSettings) else train(settings)
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -641,7 +708,8 @@ def main(arguments: list[str]) -> int:
               "permissions and the space on its disk, or choose another --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print("interrupted: the same command starts the run anew", file=sys.stderr)
+        what = "continues from the last save, if any" if arguments[:1] == ["mlm"] else "starts the run anew"
+        print(f"interrupted: the same command {what}", file=sys.stderr)
         return interrupt.args[0]
 
 
