@@ -1381,6 +1381,17 @@ def test_a_killed_mlm_run_continues_to_the_very_same_bits(assets, tmp_path, caps
     assert whole["losses"] == cut_off["losses"] and len(whole["losses"]) == 5
 
 
+@pytest.mark.parametrize("kind", ["XLMRoberta", "Bert", "DebertaV2"])
+def test_the_masked_loss_is_the_models_own(kind):
+    model = tiny_model(kind, "MaskedLM").eval()
+    randomise(add_language_adapter(model, "en"))
+    set_language(model, "en")
+    ids = torch.randint(5, 60, (3, 9))
+    labels = ids.masked_fill(torch.rand(3, 9) < 0.7, -100)
+    expected = model(ids, labels=labels).loss
+    torch.testing.assert_close(unfreeze.masked_loss(model, ids, labels), expected, rtol=1e-5, atol=0)
+
+
 def test_text_becomes_sequences_without_loss(assets):
     tokenizer = transformers.AutoTokenizer.from_pretrained(assets / "model")
     mlm(assets, Path("none"))

@@ -521,7 +521,7 @@ def train_language(settings: LanguageSettings) -> None:
         torch.manual_seed(seed)
         inputs = mask([{"input_ids": sequence} for sequence in chosen])
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-            return model(**{key: value.to(device) for key, value in inputs.items()}).loss
+            return masked_loss(model, *(inputs[key].to(device) for key in ("input_ids", "labels")))
 
     @torch.inference_mode()
     def report_loss(step: int) -> float:
@@ -566,6 +566,13 @@ def train_language(settings: LanguageSettings) -> None:
         "wall_seconds": round(time.time() - started, 1), "versions": versions()})
     (out / "checkpoint.pt").unlink()
     print(f"{out}: masked-LM loss on held-out text {losses[0]:.3f} before, {losses[-1]:.3f} after")
+
+
+def masked_loss(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The model's own masked-LM loss, with the vocabulary's logits computed at the masked tokens only."""
+    head = model.lm_head if hasattr(model, "lm_head") else model.cls
+    hidden, masked = model.base_model(input_ids)[0], labels != -100  # [B, T, H]; -100: not masked
+    return nn.functional.cross_entropy(head(hidden[masked]).float(), labels[masked])  # [M, V], [M]
 
 
 def save_checkpoint(out: Path, settings: LanguageSettings, learned: dict, optimizer, step: int, losses: list):
