@@ -313,6 +313,9 @@ def _build(model: nn.Module, config: dict, name: str = "") -> dict[str, nn.Modul
         raise ValueError(f"no adapters for model type {model.config.model_type!r}, only for {known}")
     layers, size, modules = model.base_model.encoder.layer, model.config.hidden_size, {}
     assert len(layers) == model.config.num_hidden_layers
+    absent = set(config["leave_out"]) - set(range(len(layers)))
+    if absent:
+        raise ValueError(f"leave_out names layer {min(absent)}: the model has 0..{len(layers) - 1}")
     is_lora = config.get("architecture") == "lora"
     if is_lora and model.config.model_type == "deberta-v2":
         raise ValueError("no LoRA for model type 'deberta-v2', but add_task_adapters works")
@@ -366,8 +369,8 @@ def _patch(model: nn.Module) -> InvertibleAdapters:
     for layer in base.encoder.layer:
         layer.output = AdaptedOutput(layer.output, record.stack)
     record.handles.append(base.embeddings.register_forward_hook(record.after_embeddings))
-    if model.get_output_embeddings() is not None:
-        decoder = model.get_output_embeddings()
+    decoder = model.get_output_embeddings()  # of a masked-LM head; None in other models
+    if decoder is not None:
         record.handles.append(decoder.register_forward_pre_hook(record.before_decoder))
     base.invertible_adapters = record
     return record
@@ -516,16 +519,20 @@ def _fetch(source: str | Path) -> Path:
         return Path(source)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
         raise FileNotFoundError(f"no adapter folder {source}: name one with adapter_config.json, or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[
-            "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"]))
+        config = hf_hub_download(str(source), "adapter_config.json")
+        try:
+            hf_hub_download(str(source), "pytorch_adapter.bin")
+        except EntryNotFoundError:
+            hf_hub_download(str(source), "adapter.safetensors")
     except RepositoryNotFoundError:
         raise FileNotFoundError(f"no adapter {source}: neither a folder nor a hub repository") from None
     except Exception as error:  # the client's other errors differ from version to version
         raise ValueError(f"adapter {source} is not in the local cache and the hub does not give it "
                          f"({type(error).__name__}): check the connection, or name a folder") from None
+    return Path(config).parent
 
 
 def _read_facts(path: Path, model: nn.Module) -> dict:

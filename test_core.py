@@ -5,6 +5,7 @@ examples, AdapterHub's library frozen into files (in ../shared, if present), and
 """
 
 import copy
+import hashlib
 import itertools
 import json
 import os
@@ -14,7 +15,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -419,6 +422,7 @@ def test_impossible_adapters_are_refused():
                           (lambda: add_lora(model), "already has an adapter named 'task'"),
                           (lambda: add_task_adapters(tiny_model(), 17), "reduction_factor must be in 1..16"),
                           (lambda: add_task_adapters(tiny_model(), 0), "reduction_factor must be in 1..16"),
+                          (lambda: add_task_adapters(tiny_model(), leave_out=[-1]), "names layer -1"),
                           (lambda: add_task_adapters(tiny_model(), name="a.b"), "without a dot"),
                           (lambda: add_language_adapter(model, "to"), "'to' cannot name an adapter"),
                           (lambda: save_adapter(model, "other", "/nowhere"), "named 'other'; it has: task"),
@@ -515,7 +519,8 @@ def test_early_hub_files_load_by_their_names_of_then(tmp_path):
     early = {"LN_after": False, "LN_before": False, "MH_Adapter": False, "Output_Adapter": True,
              "adapter_residual_before_ln": False, "attention_type": "sent-lvl-dynamic",
              "new_attention_norm": False, "non_linearity": "relu", "original_ln_after": True,
-             "original_ln_before": True, "reduction_factor": 4, "residual_before_ln": True, "invertible_adapter": nested}
+             "original_ln_before": True, "reduction_factor": 4, "residual_before_ln": True,
+             "invertible_adapter": nested}
     rewrite(tmp_path, keys=lambda key: key.replace(".adapters.", ".layer_text_lang_adapters.").replace(
         "invertible_adapters", "invertible_lang_adapters"), version=None)
     path = tmp_path / "adapter_config.json"
@@ -703,48 +708,50 @@ remove_adapters(model)
 
 
 @needs_adapterhub
-@pytest.mark.parametrize("kind", ["XLMRoberta", "Bert", "DebertaV2"])
-@pytest.mark.parametrize("what", ["task", "stack", "lora", "head", "gelu and norms", "masked LM"])
-def test_adapterhubs_library_computes_the_same_with_what_we_save(kind, what, tmp_path):
-    if kind == "DebertaV2" and what == "lora":
-        pytest.skip("no LoRA for DeBERTa")
-    model = tiny_model(kind, "MaskedLM" if what == "masked LM" else "SequenceClassification").eval()
-    model.save_pretrained(tmp_path / "base")
-    stack = []
-    if what in ("masked LM", "stack"):
-        randomise(add_language_adapter(model, "en"))
-        stack.append("en")
-    if what == "lora":
-        randomise(add_lora(model, r=4, alpha=6))
-    elif what == "gelu and norms":
-        with_adapter(model, adapters.SEQ_BN | {"reduction_factor": 4, "non_linearity": "gelu", "scaling": 0.5,
-                                               "ln_before": True, "ln_after": True, "leave_out": [1]})
-    elif what != "masked LM":
-        randomise(add_task_adapters(model, 4))
-    if what == "head":
-        randomise([model.classifier])
-    stack += [] if what == "masked LM" else ["task"]
-    set_language(model, "en" if "en" in stack else None)
-    for name in stack:
-        save_adapter(model, name, tmp_path / name, with_head=what == "head")
-    inputs = {key: value for key, value in batch().items() if key != "labels"}
-    save_file(inputs | {"logits": model(**inputs).logits.detach()}, tmp_path / "expected.safetensors")
-    output = run_alone(f"""
-import adapters, torch, transformers
+@pytest.mark.parametrize("kind", ["XLMRoberta", "Roberta", "Bert", "DebertaV2"])
+def test_adapterhubs_library_computes_the_same_with_what_we_save(kind, tmp_path):
+    gelu = {"reduction_factor": 4, "non_linearity": "gelu", "scaling": 0.5, "ln_before": True,
+            "ln_after": True, "leave_out": [1]}
+    cases = {  # what we put into a model: the stack
+        "masked LM": (lambda model: randomise(add_language_adapter(model, "en")), ["en"]),
+        "task": (lambda model: randomise(add_task_adapters(model, 4)), ["task"]),
+        "stack": (lambda model: randomise([*add_language_adapter(model, "en"), *add_task_adapters(model)]),
+                  ["en", "task"]),
+        "gelu and norms": (lambda model: with_adapter(model, adapters.SEQ_BN | gelu), ["task"]),
+        "LoRA": (lambda model: randomise(add_lora(model, r=4, alpha=6)), ["task"]),
+    }
+    if kind == "DebertaV2":
+        del cases["LoRA"]
+    for what, (add, stack) in cases.items():
+        model = tiny_model(kind, "MaskedLM" if what == "masked LM" else "SequenceClassification").eval()
+        model.save_pretrained(tmp_path / what / "base")
+        add(model)
+        if what == "task":
+            randomise([model.classifier])
+        set_language(model, "en" if "en" in stack else None)
+        for name in stack:
+            save_adapter(model, name, tmp_path / what / name)
+        inputs = {key: value for key, value in batch().items() if key != "labels"}
+        logits = model(**inputs).logits.detach()
+        save_file(inputs | {"logits": logits}, tmp_path / what / "expected.safetensors")
+    code = f"""
+import adapters, json, transformers
 from safetensors.torch import load_file
-if {what == "masked LM"}:  # only the library's own class has the inverse before the decoder
-    model = adapters.{kind}AdapterModel.from_pretrained("base").eval()
-else:
-    model = transformers.{type(model).__name__}.from_pretrained("base").eval()
-    adapters.init(model)
-for name in {stack}:
-    model.load_adapter(name)
-model.active_adapters = adapters.composition.Stack(*{stack})
-inputs = load_file("expected.safetensors")
-logits = inputs.pop("logits")
-print((model(**inputs).logits - logits).abs().max().item())
-""", tmp_path, ADAPTERHUB)
-    assert float(output.split()[-1]) < 1e-5
+for what, stack in {[(what, stack) for what, (_, stack) in cases.items()]}:
+    if what == "masked LM":  # only the library's own class has the inverse before the decoder
+        model = adapters.{kind}AdapterModel.from_pretrained(what + "/base").eval()
+    else:
+        model = transformers.{kind}ForSequenceClassification.from_pretrained(what + "/base").eval()
+        adapters.init(model)
+    for name in stack:
+        model.load_adapter(what + "/" + name)
+    model.active_adapters = adapters.composition.Stack(*stack)
+    inputs = load_file(what + "/expected.safetensors")
+    logits = inputs.pop("logits")
+    assert (model(**inputs).logits - logits).abs().max() < 1e-5, what
+    print("equal:", what)
+"""
+    assert run_alone(code, tmp_path, ADAPTERHUB).count("equal:") == len(cases)
 
 
 # ---- fisher.py ---------------------------------------------------------------------------------------------
@@ -1277,7 +1284,12 @@ def languages(assets, tmp_path_factory) -> Path:
 def test_a_run_trains_above_english_and_tests_every_language_above_its_own(
         adapter, assets, languages, tmp_path, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(unfreeze, "set_language", lambda model, name: (seen.append(name), set_language(model, name)))
+
+    def noted(model, name):
+        seen.append(name)
+        set_language(model, name)
+
+    monkeypatch.setattr(unfreeze, "set_language", noted)
     options = ["--language-adapters", languages, "--adapter", adapter, "--method", "fun"]
     assert unfreeze.main(command(assets, tmp_path / "run", *options)) == 0
     assert seen == ["en", "en", "de", "en"]  # for training, then en, de, and zh-CN, which has none
@@ -1313,31 +1325,88 @@ def test_language_adapters_do_not_change_how_head_and_task_adapter_start(assets,
     assert all(map(torch.equal, *starts))
 
 
-def test_auto_takes_the_hubs_adapters_for_a_hub_model(assets, languages, tmp_path):
+class StandInHub(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as downloading takes, over `folder/OWNER/NAME/FILE`."""
+
+    folder: Path
+
+    def do_GET(self):
+        path = self.path.split("?")[0].removeprefix("/api/models").strip("/").split("/")
+        repository = self.folder / "/".join(path[:2])
+        if not repository.is_dir():
+            self.answer(404, b"", **{"X-Error-Code": "RepoNotFound"})
+        elif (repository / path[-1]).is_file():
+            content = (repository / path[-1]).read_bytes()
+            self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
+        else:
+            self.answer(404, b"", **{"X-Error-Code": "EntryNotFound"})
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, content: bytes, **headers: str) -> None:
+        self.send_response(status)
+        headers |= {"X-Repo-Commit": "0" * 40, "Content-Length": str(len(content))}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A folder that a stand-in hub serves, and the environment in which it is the hub."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (StandInHub,), {"folder": folder}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    cache = str(tmp_path / "cache")
+    yield folder, os.environ | {"HF_ENDPOINT": address, "HF_HOME": cache, "HF_HUB_OFFLINE": "0"}
+    server.shutdown()
+    server.server_close()
+
+
+def test_auto_takes_the_hubs_adapters_for_a_hub_model(assets, languages, hub, tmp_path):
+    folder, environment = hub
+    shutil.copytree(assets / "model", folder / "someone/tiny")
+    shutil.copytree(assets / "model", folder / "someone/other")
     for language in ("en", "de"):
-        hub_cache(tmp_path / "cache", f"AdapterHub/tiny-{language}-wiki_pfeiffer", languages / language)
-    hub_cache(tmp_path / "cache", "someone/tiny", assets / "model")
-    arguments = command(assets, tmp_path / "run", "--model", "someone/tiny", "--languages", "de")
-    run = subprocess.run([sys.executable, HERE / "unfreeze.py", *arguments], text=True, capture_output=True,
-                         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")})
-    assert run.returncode == 0, run.stderr
-    assert "language adapters: en de\n" in run.stdout
-    arguments = command(assets, tmp_path / "none", "--model", "someone/tiny", "--languages", "zh-CN")
-    run = subprocess.run([sys.executable, HERE / "unfreeze.py", *arguments], text=True, capture_output=True,
-                         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")})
-    last = run.stderr.strip().splitlines()[-1]
-    assert run.returncode == 2 and "tiny-zh-CN-wiki_pfeiffer is not in the local cache and the hub" in last, last
+        shutil.copytree(languages / language, folder / f"AdapterHub/tiny-{language}-wiki_pfeiffer")
+
+    def run(model: str, **changes) -> subprocess.CompletedProcess:
+        arguments = command(assets, tmp_path / "runs" / model, "--model", f"someone/{model}", "--overwrite")
+        return subprocess.run([sys.executable, HERE / "unfreeze.py", *arguments], text=True,
+                              capture_output=True, env=environment | changes)
+
+    first = run("tiny")
+    assert first.returncode == 0, first.stderr
+    assert "language adapters: en de; none for zh-CN, tested with the English one" in first.stdout
+    results = json.loads((tmp_path / "runs/tiny/results.json").read_text())
+    assert results["language_adapters"] == {"en": "en", "de": "de", "zh-CN": "en"}
+    none = run("other")
+    assert none.returncode == 0 and "no language adapters: the hub has none for someone/other" in none.stdout
+    offline = run("tiny", HF_HUB_OFFLINE="1").stderr.strip().splitlines()[-1]  # en and de are cached now
+    assert offline.startswith("error: ") and "zh-CN-wiki_pfeiffer is not in the local cache" in offline
+    shutil.rmtree(tmp_path / "cache/hub/models--AdapterHub--tiny-de-wiki_pfeiffer")
+    weights = folder / "AdapterHub/tiny-de-wiki_pfeiffer/pytorch_adapter.bin"
+    weights.write_bytes(weights.read_bytes()[:99])
+    last = run("tiny").stderr.strip().splitlines()[-1]
+    assert last.startswith("error: --language-adapters auto: ") and "holds no readable weights" in last
 
 
 def mlm(assets: Path, out: Path, *options) -> list[str]:
     text = assets / "text.txt"
     if not text.exists():
         generator = torch.Generator().manual_seed(0)
-        pairs = torch.randint(4, (400,), generator=generator).tolist()  # the second word follows from the first
+        pairs = torch.randint(4, (400,), generator=generator).tolist()  # a word's translation follows it
         text.write_text("".join(f"{WORDS['en'][i]} {WORDS['de'][i]} nice\n" for i in pairs), encoding="utf-8")
-    settings = "--language de --steps 12 --batch-size 8 --lr 0.01 --max-length 20 --save-every 3 --device cpu".split()
-    return ["mlm", "--model", str(assets / "model"), "--data", str(text), "--out", str(out), *settings,
-            *map(str, options)]
+    settings = "--language de --steps 12 --batch-size 8 --lr 0.01 --max-length 20 --save-every 3 --device cpu"
+    return ["mlm", "--model", str(assets / "model"), "--data", str(text), "--out", str(out),
+            *settings.split(), *map(str, options)]
 
 
 def test_a_language_adapter_is_learnt_and_usable_at_once(assets, tmp_path, capsys):
@@ -1345,9 +1414,9 @@ def test_a_language_adapter_is_learnt_and_usable_at_once(assets, tmp_path, capsy
     assert unfreeze.main(mlm(assets, tmp_path / "en", "--language", "en")) == 0
     results = json.loads((tmp_path / "de" / "results.json").read_text())
     assert results["losses"][-1] < 0.7 * results["losses"][0] and len(results["losses"]) == 4
-    assert sorted(path.name for path in (tmp_path / "de").iterdir()) == sorted([
-        "adapter_config.json", "head_config.json", "log.jsonl", "pytorch_adapter.bin", "pytorch_model_head.bin",
-        "results.json"])
+    assert sorted(path.name for path in (tmp_path / "de").iterdir()) == [
+        "adapter_config.json", "head_config.json", "log.jsonl", "pytorch_adapter.bin",
+        "pytorch_model_head.bin", "results.json"]
     base = transformers.AutoModelForMaskedLM.from_pretrained(assets / "model")
     assert "roberta.embeddings.word_embeddings.weight" in base.state_dict()
     assert not any("embeddings" in key for key in torch.load(tmp_path / "de" / "pytorch_model_head.bin"))
@@ -1399,15 +1468,16 @@ def test_text_becomes_sequences_without_loss(assets):
     assert rows.shape == (400 * 4 // 18, 20)
     assert (rows[:, 0] == tokenizer.cls_token_id).all() and (rows[:, -1] == tokenizer.sep_token_id).all()
     words = tokenizer.convert_ids_to_tokens(rows[:, 1:-1].flatten().tolist())
-    assert " ".join(words).replace(" </s> ", "\n").startswith("\n".join((assets / "text.txt").read_text().split("\n")[:300]))
+    lines = (assets / "text.txt").read_text().split("\n")
+    assert " ".join(words).replace(" </s> ", "\n").startswith("\n".join(lines[:300]))
 
 
 BAD_LANGUAGES = {
     "no such folder": (["--language-adapters", "/no/such"], None, "no folder /no/such"),
-    "no English adapter": ([], lambda folder: shutil.rmtree(folder / "en"), "training needs an English adapter"),
+    "no English adapter": ([], lambda folder: shutil.rmtree(folder / "en"), "training needs an English"),
     "cut German": ([], lambda folder: cut("pytorch_adapter.bin")(folder / "de"), "holds no readable weights"),
     "another model's": ([], lambda folder: rewrite(folder / "de", hidden_size=768), "hidden_size 768"),
-    "half a folder": ([], lambda folder: (folder / "de/adapter_config.json").unlink(), "no adapter_config.json"),
+    "half a folder": ([], lambda folder: (folder / "de/adapter_config.json").unlink(), "no adapter_config"),
 }
 
 
@@ -1425,8 +1495,10 @@ def test_bad_language_adapters_give_one_line_before_training(name, assets, langu
 
 @pytest.mark.parametrize("options, content, message", [
     (["--data", "/no/such.txt"], None, "/no/such.txt"), ([], b"\xff\xfe", "is not text in UTF-8"),
-    ([], b"red\n", "two sequences of --max-length need 36"), (["--save-every", "0"], b"", "--save-every must be"),
-    (["--lr", "0"], b"", "--lr must be"), (["--max-length", "39"], b"", "more than the model's 38"),
+    ([], b"red\n", "two sequences of --max-length need 36"),
+    (["--save-every", "0"], b"", "--save-every must be"),
+    (["--lr", "0"], b"", "--lr must be"), (["--language", "../th"], b"", "--language must be a code"),
+    (["--language", "to"], b"", "'to' cannot name an adapter"), (["--max-length", "39"], b"", "more than the model's 38"),
 ])
 def test_bad_input_of_mlm_gives_one_line_and_status_2(options, content, message, assets, tmp_path, capsys):
     arguments = mlm(assets, tmp_path / "de", *options)

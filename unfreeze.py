@@ -23,6 +23,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -226,6 +227,8 @@ def check(settings: Settings | LanguageSettings) -> None:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     if isinstance(settings, LanguageSettings):
+        if not re.fullmatch(r"[\w-]+", settings.language):
+            raise UserError(f"--language must be a code such as th or zh-CN, not {settings.language!r}")
         return
     if settings.epochs and settings.steps:
         raise UserError("--epochs and --steps exclude each other: give one of them")
@@ -618,7 +621,8 @@ def report(folders: list[str]) -> None:
     for folder in folders:
         try:
             run = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-            title = f"{run['task']}, {run['model']}, {run['adapter']}"
+            stacked = ", above language adapters" * any(run.get("language_adapters", {}).values())
+            title = f"{run['task']}, {run['model']}, {run['adapter']}{stacked}"
             tables.setdefault(title, {}).setdefault(run["method"], []).append(run)
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"no readable results.json in {folder}: report takes finished runs") from None

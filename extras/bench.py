@@ -1,8 +1,8 @@
 """Benchmarks: every figure is a ratio within one run, since absolute seconds belong to one machine.
 
     python extras/bench.py steps     # what a training step costs when only the top blocks are open
-    python extras/bench.py peer      # a forward pass with language and task adapter, against AdapterHub's library;
-                                     # in an environment with adapters==1.3.0 (which needs transformers 4.57)
+    python extras/bench.py peer      # a forward pass with language and task adapter against AdapterHub's
+                                     # library, in an environment that has adapters==1.3.0
 
 The models have the demo's shape (12 layers of 384, random weights), a batch 32 rows of random tokens. A round
 runs every variant once, so that a slow spell of the machine falls on all; figures are medians over rounds.
@@ -98,7 +98,7 @@ def peer() -> None:
     models = {"ours": our_model, "library": their_model, "no adapter": plain}
     print(f"a forward pass over the library's ({library.__version__}); 12 layers x 384, {ROWS} rows, "
           f"{plain.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("| tokens a row | ours | no adapter | library | largest difference of logits |\n|---|---|---|---|---|")
+    print("| tokens a row | ours | no adapter | library | difference of logits |\n|---|---|---|---|---|")
     for tokens in (16, 64, 128):
         batch, seconds = new_batch(plain, tokens), {name: [] for name in models}
         difference = (our_model(**batch).logits - their_model(**batch).logits).abs().max().item()
