@@ -416,7 +416,7 @@ def save_adapter(model: nn.Module, name: str, folder: str | Path, with_head: boo
     kind = {"type": "text_lang"} if name in record.languages else {}
     facts = {"config": record.configs[name], "name": name} | kind | _model_facts(model)
     _write_folder(folder, "adapter_config.json", facts, "pytorch_adapter.bin", weights)
-    if with_head and not kind:
+    if with_head and not kind and _head(model):
         save_head(model, folder)
 
 
@@ -429,8 +429,8 @@ def save_head(model: nn.Module, folder: str | Path) -> None:
 
 def _head(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters outside the base model; one that is tied to the embeddings is not among them."""
-    base = model.base_model_prefix + "."
-    return {key: parameter for key, parameter in model.named_parameters() if not key.startswith(base)}
+    base = set(map(id, model.base_model.parameters()))
+    return {key: parameter for key, parameter in model.named_parameters() if id(parameter) not in base}
 
 
 def _model_facts(model: nn.Module) -> dict:
@@ -514,19 +514,19 @@ def _load(model: nn.Module, source: str | Path, name: str | None, language: bool
 
 
 def _fetch(source: str | Path) -> Path:
-    """The folder itself, or the hub repository's files in the local cache."""
+    """The folder itself, or the hub repository's files in the local cache; a Path is always a folder."""
     if Path(source).is_dir():
         return Path(source)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+    if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         raise FileNotFoundError(f"no adapter folder {source}: name one with adapter_config.json, or a hub id")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
     try:
-        config = hf_hub_download(str(source), "adapter_config.json")
+        config = hf_hub_download(source, "adapter_config.json")
         try:
-            hf_hub_download(str(source), "pytorch_adapter.bin")
+            hf_hub_download(source, "pytorch_adapter.bin")
         except EntryNotFoundError:
-            hf_hub_download(str(source), "adapter.safetensors")
+            hf_hub_download(source, "adapter.safetensors")
     except RepositoryNotFoundError:
         raise FileNotFoundError(f"no adapter {source}: neither a folder nor a hub repository") from None
     except Exception as error:  # the client's other errors differ from version to version
@@ -582,7 +582,7 @@ def _read_config(folder: Path, facts: dict) -> dict:
              "lora": LORA}
     given, version = facts["config"], str(facts.get("version", ""))
     if isinstance(given, str) and given in named:
-        given = named[given]
+        return dict(named[given])
     if not isinstance(given, dict):
         raise ValueError(f"{folder}: config {given!r} is none of {', '.join(named)}, nor spelled out")
     given = {key.lower(): value for key, value in given.items()}
@@ -593,7 +593,10 @@ def _read_config(folder: Path, facts: dict) -> dict:
         del given["invertible_adapter"]
         given |= {"inv_adapter": nested.get("block_type"),
                   "inv_adapter_reduction_factor": nested.get("reduction_factor")}
-    known = LORA if given.get("architecture") == "lora" else SEQ_BN
+    known = LORA if given.get("architecture") == "lora" else SEQ_BN | {"original_ln_before": False}
+    for key in ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity"):
+        if key in known and key not in given:
+            raise ValueError(f"{folder}: its config lacks {key}")
     for key, value in given.items():
         if key in known:
             fits = VARIABLE[key](value) if key in VARIABLE else value == known[key]

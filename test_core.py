@@ -495,18 +495,19 @@ def test_the_head_of_another_class_is_left_alone_and_a_base_model_needs_none(tmp
     load_adapter(bare, tmp_path)
     inputs = {"input_ids": batch()["input_ids"]}
     assert torch.equal(bare(**inputs)[0], model.roberta(**inputs)[0])
-    save_adapter(bare, "task", tmp_path / "bare", with_head=False)
+    save_adapter(bare, "task", tmp_path / "bare")
+    assert len(list((tmp_path / "bare").iterdir())) == 2  # no head
     ours, theirs = (torch.load(path / "pytorch_adapter.bin", weights_only=True)
                     for path in (tmp_path, tmp_path / "bare"))
     assert ours.keys() == theirs.keys()
 
 
 def rewrite(folder: Path, config: dict | str | None = None, keys=lambda key: key, **facts) -> None:
-    """Change an adapter's files: its config, its other facts (None: dropped) and the names of its weights."""
+    """Change an adapter's config (...: dropped), its other facts (None: dropped) and its weights' names."""
     path = folder / "adapter_config.json"
     content = json.loads(path.read_text()) | facts
     if isinstance(config, dict) and isinstance(content["config"], dict):
-        config = content["config"] | config
+        config = {key: value for key, value in (content["config"] | config).items() if value is not ...}
     content["config"] = config or content["config"]
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
     weights = torch.load(folder / "pytorch_adapter.bin", weights_only=True)
@@ -560,6 +561,7 @@ def test_a_config_by_name_a_task_adapter_without_its_invertible_block_and_old_ge
         "selfattn_lora": False, "intermediate_lora": True, "output_lora": True, "dropout": 0.1,
         "use_dora": True, "composition_mode": "scale", "use_gating": True, "vera_d": 0.1,
         "attn_matrices": ["q", "o"], "r": 2.5, "dtype": "float16"}.items()),
+    ("task", {"reduction_factor": ...}, "its config lacks reduction_factor"),
     ("task", "houlsby", "config 'houlsby' is none of seq_bn, pfeiffer"), ("task", [1], "is none of seq_bn"),
 ])
 def test_a_config_that_is_not_computed_here_is_refused_by_name(kind, config, message, tmp_path):
@@ -1388,7 +1390,7 @@ def test_auto_takes_the_hubs_adapters_for_a_hub_model(assets, languages, hub, tm
     results = json.loads((tmp_path / "runs/tiny/results.json").read_text())
     assert results["language_adapters"] == {"en": "en", "de": "de", "zh-CN": "en"}
     none = run("other")
-    assert none.returncode == 0 and "no language adapters: the hub has none for someone/other" in none.stdout
+    assert none.returncode == 0 and "no language adapters for someone/other" in none.stdout
     offline = run("tiny", HF_HUB_OFFLINE="1").stderr.strip().splitlines()[-1]  # en and de are cached now
     assert offline.startswith("error: ") and "zh-CN-wiki_pfeiffer is not in the local cache" in offline
     shutil.rmtree(tmp_path / "cache/hub/models--AdapterHub--tiny-de-wiki_pfeiffer")
@@ -1473,8 +1475,9 @@ def test_text_becomes_sequences_without_loss(assets):
 
 
 BAD_LANGUAGES = {
-    "no such folder": (["--language-adapters", "/no/such"], None, "no folder /no/such"),
-    "no English adapter": ([], lambda folder: shutil.rmtree(folder / "en"), "training needs an English"),
+    "no such folder": (["--language-adapters", "/no/such"], None, "no adapter folder /no/such/en"),
+    "no relative folder": (["--language-adapters", "such"], None, "no adapter folder such/en"),
+    "no English adapter": ([], lambda folder: shutil.rmtree(folder / "en"), "languages/en: name one with"),
     "cut German": ([], lambda folder: cut("pytorch_adapter.bin")(folder / "de"), "holds no readable weights"),
     "another model's": ([], lambda folder: rewrite(folder / "de", hidden_size=768), "hidden_size 768"),
     "half a folder": ([], lambda folder: (folder / "de/adapter_config.json").unlink(), "no adapter_config"),
@@ -1498,7 +1501,8 @@ def test_bad_language_adapters_give_one_line_before_training(name, assets, langu
     ([], b"red\n", "two sequences of --max-length need 36"),
     (["--save-every", "0"], b"", "--save-every must be"),
     (["--lr", "0"], b"", "--lr must be"), (["--language", "../th"], b"", "--language must be a code"),
-    (["--language", "to"], b"", "'to' cannot name an adapter"), (["--max-length", "39"], b"", "more than the model's 38"),
+    (["--language", "to"], b"", "'to' cannot name an adapter"),
+    (["--max-length", "39"], b"", "more than the model's 38"),
 ])
 def test_bad_input_of_mlm_gives_one_line_and_status_2(options, content, message, assets, tmp_path, capsys):
     arguments = mlm(assets, tmp_path / "de", *options)

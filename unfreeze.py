@@ -264,21 +264,22 @@ def load_model(settings: Settings | LanguageSettings, head: type, patch: Callabl
 
 def load_language_adapters(settings: Settings, model: nn.Module, languages: list[str]) -> dict:
     """Load the language adapters, English first; returns by language the one to stack (None: no adapter)."""
-    source = settings.language_adapters
-    if source == "none" or (source == "auto" and Path(settings.model).is_dir()):
+    source, is_hub = settings.language_adapters, settings.language_adapters == "auto"
+    if source == "none" or (is_hub and Path(settings.model).is_dir()):
         return dict.fromkeys(languages)
-    hub = f"AdapterHub/{Path(settings.model).name}-{{}}-wiki_pfeiffer"
     stacked = {}
     for language in languages:
-        place = hub.format(language) if source == "auto" else f"{source}/{language}"
+        place = Path(source, language)
+        if is_hub:
+            place = f"AdapterHub/{Path(settings.model).name}-{language}-wiki_pfeiffer"
         try:
-            add_language_adapter(model, language, place if source == "auto" else Path(place))
+            add_language_adapter(model, language, place)
             stacked[language] = language
-        except (FileNotFoundError, ValueError) as error:
-            if isinstance(error, ValueError) or Path(place).is_dir():
+        except ValueError as error:
+            raise UserError(f"--language-adapters {source}: {error}") from None
+        except FileNotFoundError as error:
+            if not is_hub and (place.is_dir() or language == "en"):  # the task adapter trains above English
                 raise UserError(f"--language-adapters {source}: {error}") from None
-            if language == "en" and source != "auto":
-                raise UserError(f"no folder {place}: training needs an English adapter") from None
             if language == "en":
                 return dict.fromkeys(languages)
             stacked[language] = "en"
@@ -457,8 +458,7 @@ def introduce(settings: Settings, splits: dict, blocks: int, languages: dict, de
         print(f"language adapters: {' '.join(own)}" + (
             f"; none for {' '.join(lacking)}, tested with the English one" if lacking else ""), flush=True)
     elif settings.language_adapters != "none":
-        print(f"no language adapters: the hub has none for {settings.model}; --language-adapters FOLDER adds "
-              "them", flush=True)
+        print(f"no language adapters for {settings.model}; --language-adapters FOLDER adds them", flush=True)
     last = settings.k * {"standard": 0, "none": 0, "lpft": 1}.get(settings.method, blocks - 1)
     if last >= settings.steps:
         print(f"note: k {settings.k} would open the last block at step {last} of {settings.steps}; lower --k")
