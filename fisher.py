@@ -1,31 +1,36 @@
-"""The trace of the Fisher information of each block of a model, from exact per-example gradients.
+"""The diagonal of the Fisher information of any blocks of a model, and its trace, from per-example gradients.
 
 Liu et al. 2024 (FUN with Fisher), equation 1:  tr(F) = E_x E_{y ~ p(y|x)} || grad_w log p(y|x) ||^2
 
-    from fisher import fisher_trace
-    blocks = [model.layers[0], model.layers[1]]            # parameters in nn.Linear layers or in LoRA pairs
+    from fisher import fisher_trace, fisher_diagonal
+    blocks = [model.layers[0], model.layers[1]]            # any modules of the model
     trace = fisher_trace(model, batches, blocks)           # batches: dicts for model(**batch); [len(blocks)]
+    diagonal = fisher_diagonal(model, batches, blocks)     # per block {parameter name: tensor of its shape}
     trace = fisher_trace(model, batches, blocks, labels="exact")   # all classes, not one draw per example
 
 How: one backward pass over a batch gives the gradients g of log p with respect to the OUTPUTS of the blocks'
-linear layers, for every example on its own, since no example influences another. A layer with inputs x_t and
-output gradients g_t has the weight gradient sum_t g_t x_t^T, summed over tokens t BEFORE it is squared. LoRA,
-y = s B A x, is two such layers: A has the gradient sum_t s B^T g_t x_t^T, and B has sum_t s g_t (A x_t)^T. No
+layers, for every example on its own, since no example influences another. A linear layer with inputs x_t and
+output gradients g_t has the weight gradient sum_t g_t x_t^T, summed over tokens t BEFORE it is squared. No
 weight gradient is formed, and `requires_grad` plays no part: frozen blocks are measured like open ones.
-The official code differs: it takes the argmax label and squares the gradient of the batch mean.
+LayerNorm, Embedding and LoRA (y = s B A x is two such layers) work alike; any other parameter takes a backward
+pass per example. Batch first: what the layers see is [B, ...] or, for multiple choice, [B * C, ...].
+The official code takes the argmax label and squares the gradient of the batch mean: labels="official".
 """
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn.functional import layer_norm
 
-LABELS = ("sampled", "exact")
-TARGETS = ("labels", "start_positions", "end_positions")  # batch entries that are ignored
+LABELS = ("sampled", "exact", "argmax", "gold", "official")
+TARGETS = ("labels", "start_positions", "end_positions")  # batch entries that only "gold" reads
+CHUNK = 2**24  # elements of per-example gradients held at a time
 
 
-@torch.enable_grad()
 def fisher_trace(
     model: nn.Module,
     batches: Iterable[dict],
@@ -36,118 +41,275 @@ def fisher_trace(
     """tr(F) of each block: the mean over examples of || grad log p(y|x) ||^2, as float64 [len(blocks)].
 
     labels: "sampled" draws one y per example from the model's own output (equation 1) with `generator` (None:
-    a fresh one with seed 0); "exact" takes the expectation over all C classes, in C backward passes.
-    The model runs in eval mode and must return `.logits` [B, C]. Parameters, `.grad`, modes, hooks and the
-    global random state are left as they were, also after an exception.
-    Raises ValueError for no batches, a block without parameters or with some outside nn.Linear and LoRA (a
-    module with `lora_A`, `lora_B` and `scaling`), blocks that the model does not call, an output without
-    logits, or logits that are not finite.
+    a fresh one with seed 0); "exact" takes the expectation over all C classes, in C backward passes; "argmax"
+    the likeliest class; "gold" the batch's own labels (the empirical Fisher). "official" is the official
+    repository's estimator: argmax, the squared gradient of the batch mean over the batch size, summed.
+    The model runs in eval mode and returns `.logits` [B, C], or `.start_logits` and `.end_logits` [B, T] with
+    log p = log p_start + log p_end, over positions where `attention_mask` is not 0. Parameters, `.grad`,
+    `requires_grad`, modes, hooks and the global random state are left as they were, also after an exception.
+    Raises ValueError for unknown labels, no batches, a block without parameters, blocks that the model does
+    not call, an output without logits, missing gold labels, or logits that are not finite.
     """
+    traces: dict[nn.Parameter, torch.Tensor] = {}
+
+    def add(parameter: nn.Parameter, x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor) -> None:
+        traces[parameter] = traces.get(parameter, 0) + (weight * _squared_norms(x, g)).sum().double()
+
+    count = _accumulate(model, batches, blocks, labels, generator, add)
+    zero = torch.zeros_like(next(iter(traces.values())))
+    return torch.stack([sum((traces.get(parameter, zero) for parameter in block.parameters()), zero)
+                        for block in blocks]) / count
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    batches: Iterable[dict],
+    blocks: list[nn.Module],
+    labels: str = "sampled",
+    generator: torch.Generator | None = None,
+) -> list[dict[str, torch.Tensor]]:
+    """The diagonal of F: per block, by parameter name, the mean over examples of the squared gradient.
+
+    Each tensor has its parameter's shape. Arguments, side effects (none) and errors as for `fisher_trace`,
+    which is the sum of it, for less.
+    """
+    squares: dict[nn.Parameter, torch.Tensor] = {}
+
+    def add(parameter: nn.Parameter, x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor) -> None:
+        squares[parameter] = squares.get(parameter, 0) + _squares(x, g, weight, parameter.shape)
+
+    count = _accumulate(model, batches, blocks, labels, generator, add)
+    return [{name: squares[parameter] / count if parameter in squares else torch.zeros_like(parameter.detach())
+             for name, parameter in block.named_parameters()} for block in blocks]
+
+
+@torch.enable_grad()
+def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Module], labels: str,
+                generator: torch.Generator | None, add: Callable) -> int:
+    """Call add(parameter, x, g, weight [B]) for every batch, label and parameter; returns what to divide by."""
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}, not {labels!r}")
-    linears = [_linear_layers(index, block) for index, block in enumerate(blocks)]  # LoRA pairs among them
+    for index, block in enumerate(blocks):
+        if not list(block.parameters()):
+            raise ValueError(f"block {index} has no parameters")
+    wanted = {parameter for block in blocks for parameter in block.parameters()}
+    owners = {module: {name: parameter for name, parameter in module.named_parameters(recurse=False)
+                       if parameter in wanted} for module in model.modules()}
+    owners = {module: own for module, own in owners.items() if own}
+    if not owners:
+        raise ValueError("no block is part of the model")
+    slow = _without_formula(owners)
     generator = generator or torch.Generator().manual_seed(0)
-    trace, examples = torch.zeros(len(blocks), dtype=torch.float64), 0
-    with _recorded(model, [linear for block in linears for linear in block]) as calls:
+    examples = 0
+    with _restored(model, wanted):
         for batch in batches:
-            calls.clear()
-            log_p = _log_probabilities(model, batch)  # [B, C]
-            outputs = [output for recorded in calls.values() for _, output in recorded]
-            if not outputs:
+            log_p, calls = _forward(model, batch, owners, slow)
+            size = len(log_p[0])
+            mixed = {parameter for module, recorded in calls.items() for x, *_ in recorded if len(x) % size
+                     for parameter in owners[module].values()}
+            if mixed:  # a layer ran once for the whole batch, as for positions: no telling examples apart
+                slow |= mixed
+                log_p, calls = _forward(model, batch, owners, slow)
+            if not calls and not slow:
                 raise ValueError("no block took part in the model's forward pass")
-            for y, weight in _labels_and_weights(log_p.detach(), labels, generator):
-                chosen = log_p.gather(1, y[:, None]).sum()
-                gradients = torch.autograd.grad(chosen, outputs, retain_graph=True, allow_unused=True)
-                gradient_of = dict(zip(map(id, outputs), gradients))
-                for index, block in enumerate(linears):
-                    for linear in block:
-                        norms = _squared_norms(linear, calls.get(linear, []), gradient_of, len(y))  # [B]
-                        trace[index] += (weight * norms).sum().item()  # Eq. 1
-            examples += len(log_p)
+            draws = _draws(log_p, batch, labels, generator)
+            for number, (chosen, weight) in enumerate(draws):
+                last = number + 1 == len(draws)
+                for parameter, x, g in _gradients(chosen, calls, owners, slow, keep_graph=not last):
+                    if labels == "official":  # the whole batch as one example, its mean gradient over B
+                        x = None if x is None else x.flatten(0, 1)[None]
+                        add(parameter, x, g.flatten(0, 1)[None] / size, torch.ones_like(weight[:1]) / size)
+                    else:
+                        add(parameter, x, g, weight)
+            examples += size
     if not examples:
-        raise ValueError("no batches: the trace of the Fisher information needs at least one example")
-    return trace / examples
+        raise ValueError("no batches: the Fisher information needs at least one example")
+    return 1 if labels == "official" else examples
 
 
 def _is_lora(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling"))
 
 
-def _linear_layers(index: int, block: nn.Module) -> list[nn.Module]:
-    owners = [module for module in block.modules() if list(module.parameters(recurse=False))]
-    if not owners:
-        raise ValueError(f"block {index} has no parameters")
-    for module in owners:
-        if not isinstance(module, nn.Linear) and not _is_lora(module):
-            kind = type(module).__name__
-            raise ValueError(f"block {index} has parameters in {kind}, only nn.Linear and LoRA work")
-    return owners
+def _without_formula(owners: dict[nn.Module, dict[str, nn.Parameter]]) -> set[nn.Parameter]:
+    """The parameters that `_factors` has no formula for, or that two kinds of modules share."""
+    kinds: dict[nn.Parameter, set] = {}
+    for module, own in owners.items():
+        kind = type(module) if type(module) in (nn.Linear, nn.LayerNorm, nn.Embedding) else None
+        if _is_lora(module):
+            kind = "LoRA"
+        elif kind is nn.LayerNorm and len(module.normalized_shape) > 1:
+            kind = None
+        elif kind is nn.Embedding and (module.max_norm or module.scale_grad_by_freq):
+            kind = None
+        for parameter in own.values():
+            kinds.setdefault(parameter, set()).add(kind)
+    slow = {parameter for parameter, of in kinds.items() if None in of or len(of) > 1}
+    if slow:
+        names = {type(module).__name__ for module, own in owners.items() if slow & set(own.values())}
+        warnings.warn(f"parameters in {', '.join(sorted(names))} take a backward pass per example: slow",
+                      stacklevel=4)
+    return slow
 
 
 @contextmanager
-def _recorded(model: nn.Module, linears: list[nn.Module]) -> Iterator[dict]:
-    """Eval mode and, by linear layer, the list of its calls as (input, output); all is restored on exit."""
-    calls: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-
-    def record(linear, inputs, output):
-        if not output.requires_grad:  # below the lowest trainable parameter: the graph starts here
-            output.requires_grad_()
-        calls.setdefault(linear, []).append((inputs[0].detach(), output))
-
+def _restored(model: nn.Module, wanted: set[nn.Parameter]) -> Iterator[None]:
+    """Eval mode; modes, `requires_grad` and the global random state come back on exit."""
     modes = [(module, module.training) for module in model.modules()]
-    handles = [linear.register_forward_hook(record) for linear in linears]
+    flags = [(parameter, parameter.requires_grad) for parameter in wanted]
     try:
         with torch.random.fork_rng():
             model.eval()
-            yield calls
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _forward(model: nn.Module, batch: dict, owners: dict, slow: set) -> tuple[list[torch.Tensor], dict]:
+    """log p of each output [B, C], and by module its calls: the input, its version, the output's place in the
+    graph. The place, and not the output itself, stays true when the model goes on to change it in place."""
+    calls: dict[nn.Module, list[tuple]] = {}
+
+    def record(module, arguments, keywords, output):
+        x = arguments[0] if arguments else next(iter(keywords.values()))
+        if not output.requires_grad:  # below everything that is differentiated: the graph starts here
+            start = output.detach().requires_grad_()
+            output = start.clone()  # a start itself may not be changed in place
+        calls.setdefault(module, []).append((x.detach(), x._version, get_gradient_edge(output)))
+        return output
+
+    for parameter in slow:
+        parameter.requires_grad_()
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module, own in owners.items()
+               if not set(own.values()) <= slow]
+    try:
+        output = model(**{key: value for key, value in batch.items() if key not in TARGETS})
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
+    return _log_probabilities(model, batch, output), calls
 
 
-def _log_probabilities(model: nn.Module, batch: dict) -> torch.Tensor:
-    output = model(**{key: value for key, value in batch.items() if key not in TARGETS})
-    if getattr(output, "logits", None) is None:
-        raise ValueError(f"{type(model).__name__} returned no `logits`: a classification head is needed")
-    if not output.logits.isfinite().all():
-        raise ValueError("the model's logits are not finite: the Fisher information is undefined")
-    return output.logits.float().log_softmax(-1)
+def _log_probabilities(model: nn.Module, batch: dict, output) -> list[torch.Tensor]:
+    logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+    if logits is not None:
+        parts = [logits]
+    elif getattr(output, "start_logits", None) is not None:
+        hidden = batch["attention_mask"] == 0 if "attention_mask" in batch else torch.tensor(False)
+        parts = [part.masked_fill(hidden.to(part.device), -torch.inf)
+                 for part in (output.start_logits, output.end_logits)]
+    else:
+        raise ValueError(f"{type(model).__name__} returned no `logits`, nor `start_logits`: it needs a head")
+    for part in parts:
+        if part.ndim != 2:
+            raise ValueError(f"logits must be [B, C], not {list(part.shape)}")
+        if not part.is_meta and not part.max(-1).values.isfinite().all():
+            raise ValueError("the model's logits are not finite: the Fisher information is undefined")
+    return [part.to(torch.promote_types(part.dtype, torch.float32)).log_softmax(-1) for part in parts]
 
 
-def _labels_and_weights(log_p: torch.Tensor, labels: str, generator: torch.Generator) -> list[tuple]:
-    """Pairs of labels [B] and their weights [B] that stand for the expectation over y ~ p(y|x)."""
-    p = log_p.exp()  # [B, C]
-    if labels == "sampled":
-        y = torch.multinomial(p.to(generator.device), 1, generator=generator)[:, 0].to(p.device)
-        return [(y, torch.ones_like(p[:, 0]))]
-    return [(torch.full_like(p[:, 0], c, dtype=torch.long), p[:, c]) for c in range(p.shape[1])]
+def _draws(log_p: list[torch.Tensor], batch: dict, labels: str, generator: torch.Generator) -> list[tuple]:
+    """Pairs of log p(y|x) [B] and weights [B] that stand for the expectation over y."""
+    if labels == "exact":  # grad log p has mean zero, so the traces of independent start and end add up
+        return [(part[:, y], part[:, y].detach().exp()) for part in log_p for y in range(part.shape[1])]
+    chosen = torch.zeros_like(log_p[0][:, 0])
+    for part, key in zip(log_p, ("labels",) if len(log_p) == 1 else ("start_positions", "end_positions")):
+        if labels == "gold":
+            if key not in batch:
+                raise ValueError(f"labels='gold' needs {key!r} in every batch")
+            y = batch[key].to(part.device)
+        elif labels == "sampled" and not part.is_meta:
+            p = part.detach().exp().to(generator.device)  # [B, C]
+            y = torch.multinomial(p, 1, generator=generator)[:, 0].to(part.device)
+        else:
+            y = part.argmax(-1)
+        is_class = (y >= 0) & (y < part.shape[1])  # the loss ignores other gold labels
+        of_y = part.gather(1, y.clamp(0, part.shape[1] - 1)[:, None])[:, 0]
+        chosen = chosen + torch.where(is_class, of_y, 0)
+    return [(chosen, torch.ones_like(chosen).detach())]
 
 
-@torch.no_grad()
-def _squared_norms(linear: nn.Module, calls: list, gradient_of: dict, examples: int) -> torch.Tensor:
-    """|| sum_t g_t x_t^T ||^2 + || sum_t g_t ||^2 of each example [B], over all calls of one linear layer."""
-    calls = [(x, gradient_of[id(output)]) for x, output in calls if gradient_of[id(output)] is not None]
-    if not calls:
-        return torch.zeros(examples)
+def _gradients(chosen: torch.Tensor, calls: dict, owners: dict, slow: set, keep_graph: bool) -> Iterator[tuple]:
+    """(parameter, x, g) such that its gradient of log p(y|x) is, for each example, sum_t g_t x_t^T."""
+    edges = [edge for recorded in calls.values() for *_, edge in recorded]
+    by_edge = dict(zip(edges, torch.autograd.grad(chosen.sum(), edges, retain_graph=keep_graph or bool(slow),
+                                                  allow_unused=True))) if edges else {}
+    factors: dict[nn.Parameter, list[tuple]] = {}
+    with torch.no_grad():
+        for module, recorded in calls.items():
+            for x, version, edge in recorded:
+                if by_edge[edge] is None:
+                    continue
+                if x._version != version:
+                    raise ValueError(f"the model changed the input of a {type(module).__name__} in place")
+                x, g = _by_example(x, len(chosen)), _by_example(by_edge[edge], len(chosen))
+                for name, parameter in owners[module].items():
+                    if parameter not in slow:
+                        factors.setdefault(parameter, []).append(_factors(module, name, x, g))
+        for parameter, several in factors.items():  # all uses of a parameter are one sum: they lengthen T
+            xs, gs = zip(*several)
+            yield parameter, None if xs[0] is None else torch.cat(xs, 1), torch.cat(gs, 1)
+    if slow:
+        rows = [torch.autograd.grad(one, list(slow), retain_graph=True, allow_unused=True) for one in chosen]
+        for parameter, column in zip(slow, zip(*rows)):
+            column = [torch.zeros_like(parameter) if row is None else row for row in column]
+            yield parameter, None, torch.stack(column).detach().flatten(1)[:, None]  # [B, 1, size]
 
-    def by_example(tensor):  # [B, H], [B, T, H] or, for multiple choice, [B * C, T, H] -> [B, tokens, H]
-        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        return tensor.reshape(examples, -1, tensor.shape[-1])
 
-    x = torch.cat([by_example(x) for x, _ in calls], dim=1)  # [B, T, in]; a layer called twice is one sum
-    g = torch.cat([by_example(g) for _, g in calls], dim=1)  # [B, T, out]
-    if _is_lora(linear):
-        a, g = linear.lora_A.to(x.dtype), g * linear.scaling  # [r, in], [B, T, out]
-        return _outer_norms(x, g @ linear.lora_B.to(g.dtype)) + _outer_norms(x @ a.T, g)
-    norms = _outer_norms(x, g)
-    return norms if linear.bias is None else norms + g.sum(1).square().sum(1)
+def _by_example(value: torch.Tensor, examples: int) -> torch.Tensor:
+    """[B, H], [B, T, H] or, for multiple choice, [B * C, T, H] -> [B, tokens, H]; token ids -> [B, tokens]."""
+    if not value.is_floating_point():
+        return value.reshape(examples, -1)
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
+    return value.reshape(examples, -1, value.shape[-1])
 
 
-def _outer_norms(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+def _factors(module: nn.Module, name: str, x: torch.Tensor, g: torch.Tensor) -> tuple:
+    """x and g of the gradient sum_t g_t x_t^T of one parameter; x None: sum_t g_t; x integers: g_t's rows."""
+    if name == "bias":
+        return None, g
+    if isinstance(module, nn.LayerNorm):
+        return None, g * layer_norm(x, module.normalized_shape, eps=module.eps)
+    if isinstance(module, nn.Embedding):
+        padding = -1 if module.padding_idx is None else module.padding_idx
+        return x, g * (x != padding)[..., None]
+    if name == "lora_A":
+        return x, g @ module.lora_B.to(g.dtype) * module.scaling
+    if name == "lora_B":
+        return x @ module.lora_A.to(x.dtype).T, g * module.scaling
+    return x, g
+
+
+def _squared_norms(x: torch.Tensor | None, g: torch.Tensor) -> torch.Tensor:
     """|| sum_t g_t x_t^T ||^2 of each example [B], by the cheaper of two ways."""
-    tokens, n_in, n_out = x.shape[1], x.shape[2], g.shape[2]
-    if tokens * (n_in + n_out) < n_in * n_out:  # sum_t,t' (g_t . g_t')(x_t . x_t') is cheaper
-        return ((x @ x.mT) * (g @ g.mT)).sum((1, 2))
-    return (g.mT @ x).square().sum((1, 2))  # [B, out, in]
+    if x is None:
+        return g.sum(1).square().sum(1)
+    tokens, n_in, n_out = g.shape[1], x.shape[-1], g.shape[2]
+    if not x.is_floating_point():  # the rows of equal ids add up
+        return torch.cat([((i[:, :, None] == i[:, None]) * (h @ h.mT)).sum((1, 2))
+                          for i, h in _chunks(tokens * tokens, x, g)])
+    if tokens * (n_in + n_out) < n_in * n_out:  # sum_t,t' (g_t . g_t')(x_t . x_t')
+        return torch.cat([((y @ y.mT) * (h @ h.mT)).sum((1, 2)) for y, h in _chunks(tokens * tokens, x, g)])
+    return torch.cat([(h.mT @ y).square().sum((1, 2)) for y, h in _chunks(n_in * n_out, x, g)])
+
+
+def _squares(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """sum_b weight_b (sum_t g_t x_t^T)^2, elementwise, in the parameter's shape."""
+    if x is None:
+        return (weight[:, None] * g.sum(1).square()).sum(0).reshape(shape)
+    if x.is_floating_point():
+        return sum((w[:, None, None] * (h.mT @ y).square()).sum(0)
+                   for y, h, w in _chunks(x.shape[2] * g.shape[2], x, g, weight))
+    keys, row = (torch.arange(len(x), device=x.device)[:, None] * shape[0] + x).unique(return_inverse=True)
+    rows = torch.zeros(len(keys), g.shape[2], dtype=g.dtype, device=g.device)
+    rows.index_add_(0, row.flatten(), g.flatten(0, 1))  # one row per example and token id
+    total = torch.zeros(shape, dtype=g.dtype, device=g.device)
+    return total.index_add_(0, keys % shape[0], weight[keys // shape[0], None] * rows.square())
+
+
+def _chunks(size: int, *tensors: torch.Tensor) -> Iterable[tuple]:
+    """The tensors in groups of examples, of which `size` elements each fit into CHUNK."""
+    return zip(*(tensor.split(max(1, CHUNK // size)) for tensor in tensors))
