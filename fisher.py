@@ -56,7 +56,7 @@ def fisher_trace(
         traces[parameter] = traces.get(parameter, 0) + (weight * _squared_norms(x, g)).sum().double()
 
     count = _accumulate(model, batches, blocks, labels, generator, add)
-    zero = torch.zeros_like(next(iter(traces.values())))
+    zero = torch.zeros_like(next(iter(traces.values()), torch.zeros((), dtype=torch.float64)))
     return torch.stack([sum((traces.get(parameter, zero) for parameter in block.parameters()), zero)
                         for block in blocks]) / count
 
@@ -170,14 +170,14 @@ def _restored(model: nn.Module, wanted: set[nn.Parameter]) -> Iterator[None]:
 
 def _forward(model: nn.Module, batch: dict, owners: dict, slow: set) -> tuple[list[torch.Tensor], dict]:
     """log p of each output [B, C], and by module its calls: the input, its version, the output's place in the
-    graph. The place, and not the output itself, stays true when the model goes on to change it in place."""
+    graph (which, unlike the output, is still true when the model has changed the output in place)."""
     calls: dict[nn.Module, list[tuple]] = {}
 
     def record(module, arguments, keywords, output):
         x = arguments[0] if arguments else next(iter(keywords.values()))
         if not output.requires_grad:  # below everything that is differentiated: the graph starts here
-            start = output.detach().requires_grad_()
-            output = start.clone()  # a start itself may not be changed in place
+            output = output.detach().requires_grad_()
+        output = output.clone()  # what follows may change it in place, which neither a start nor a view survives
         calls.setdefault(module, []).append((x.detach(), x._version, get_gradient_edge(output)))
         return output
 

@@ -29,11 +29,12 @@ from torch import nn
 from torch.nn.functional import layer_norm, linear
 
 import adapters
+import fisher
 import tasks
 import unfreeze
 from adapters import (adapter_blocks, add_language_adapter, add_lora, add_task_adapters, load_adapter,
                       load_head, merge_lora, remove_adapters, save_adapter, set_language)
-from fisher import fisher_trace
+from fisher import fisher_diagonal, fisher_trace
 from unfreeze import Unfreezer
 
 transformers.utils.logging.disable_progress_bar()
@@ -759,21 +760,44 @@ for what, stack in {[(what, stack) for what, (_, stack) in cases.items()]}:
 # ---- fisher.py ---------------------------------------------------------------------------------------------
 
 
-def slow_trace(model, inputs: dict, blocks: list[nn.Module], labels: torch.Tensor) -> torch.Tensor:
-    """|| grad log p(label | x) ||^2 of each example from passes of its own: [len(blocks), B]."""
-    norms = torch.zeros(len(blocks), len(labels), dtype=torch.double)
-    for example, label in enumerate(labels):
-        single = {key: value[example : example + 1] for key, value in inputs.items() if key != "labels"}
-        log_p = model(**single).logits.double().log_softmax(-1)[0, label]
-        for index, block in enumerate(blocks):
-            gradients = torch.autograd.grad(log_p, list(block.parameters()), retain_graph=True)
-            norms[index, example] = sum(gradient.double().square().sum() for gradient in gradients)
-    return norms
+TARGETS = ("labels", "start_positions", "end_positions")
 
 
-def probabilities(model, inputs: dict) -> torch.Tensor:
+def outputs(model, inputs: dict) -> list[torch.Tensor]:
+    """log p of each output [B, C]; of a span's start and end over the unmasked positions only."""
+    output = model(**{key: value for key, value in inputs.items() if key not in TARGETS})
+    if "start_logits" not in output:
+        return [output.logits.double().log_softmax(-1)]
+    return [part.double().masked_fill(inputs["attention_mask"] == 0, -torch.inf).log_softmax(-1)
+            for part in (output.start_logits, output.end_logits)]
+
+
+def drawn(model, inputs: dict) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        return model(**{key: value for key, value in inputs.items() if key != "labels"}).logits.softmax(-1)
+        parts = [part.exp().float() for part in outputs(model, inputs)]
+    return [torch.multinomial(part, 1, generator=generator)[:, 0] for part in parts]
+
+
+def looped(model, inputs: dict, blocks: list[nn.Module], labels: str) -> list[dict[str, torch.Tensor]]:
+    """The diagonal from passes over single examples: squares of grad log p(y|x), one backward pass per y."""
+    examples, chosen = len(inputs["input_ids"]), drawn(model, inputs)
+    total = [{name: torch.zeros_like(p).double() for name, p in block.named_parameters()} for block in blocks]
+    for i in range(examples):
+        single = {key: value[i : i + 1] for key, value in inputs.items()}
+        parts = [part[0] for part in outputs(model, single)]
+        gold = [single[key] for key in TARGETS if key in single]
+        one = {"sampled": [part[i] for part in chosen], "argmax": [part.argmax() for part in parts], "gold": gold}
+        every = itertools.product(*(range(len(part)) for part in parts))
+        for ys in every if labels == "exact" else [one[labels]]:
+            log_p = sum(part[y] for part, y in zip(parts, ys))
+            weight = log_p.detach().exp() if labels == "exact" else 1
+            if weight > 0:
+                for block, squares in zip(blocks, total):
+                    gradients = torch.autograd.grad(log_p.sum(), list(block.parameters()), retain_graph=True)
+                    for square, gradient in zip(squares.values(), gradients):
+                        square += weight * gradient.double().square() / examples
+    return total
 
 
 CASES = {
@@ -781,23 +805,125 @@ CASES = {
     "many tokens: per-example gradients": ("XLMRoberta", "SequenceClassification", 8, batch(5, 30)),
     "BERT": ("Bert", "SequenceClassification", 4, batch()),
     "multiple choice": ("Bert", "MultipleChoice", 4, batch(choices=3)),
-    "LoRA": ("XLMRoberta", "SequenceClassification", None, batch()),
+    "question answering": ("Roberta", "QuestionAnswering", 4, batch(3, 5) | {
+        "start_positions": torch.tensor([1, 0, 4]), "end_positions": torch.tensor([1, 3, 4])}),
+    "LoRA": ("XLMRoberta", "SequenceClassification", "lora", batch()),
+    "whole layers": ("XLMRoberta", "SequenceClassification", "layers", batch()),  # Linear, LayerNorm, Embedding
+    "shared positions": ("Bert", "SequenceClassification", "layers", batch()),  # one output for all examples
 }
 
 
+@pytest.mark.filterwarnings("ignore:parameters in")
+@pytest.mark.parametrize("labels", ["sampled", "exact", "argmax", "gold"])
 @pytest.mark.parametrize("name", CASES)
-def test_the_trace_equals_a_loop_over_single_examples(name):
+def test_diagonal_and_trace_equal_a_loop_over_single_examples(name, labels):
     kind, head, reduction, inputs = CASES[name]
     model = tiny_model(kind, head).eval()
-    blocks = randomise(add_task_adapters(model, reduction) if reduction else add_lora(model, r=3, alpha=2))
-    p = probabilities(model, inputs)
-    drawn = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(5))[:, 0]
-    sampled = fisher_trace(model, [inputs], blocks, generator=torch.Generator().manual_seed(5))
-    torch.testing.assert_close(sampled, slow_trace(model, inputs, blocks, drawn).mean(1), rtol=1e-5, atol=0)
-    exact = fisher_trace(model, [inputs], blocks, labels="exact")
-    of_class = [slow_trace(model, inputs, blocks, torch.full_like(drawn, c)) for c in range(3)]  # [blocks, B]
-    expected = sum(p[:, c].double() * of_class[c] for c in range(3)).mean(1)
-    torch.testing.assert_close(exact, expected, rtol=1e-5, atol=0)
+    if reduction == "layers":
+        blocks = [model.base_model.embeddings, model.base_model.encoder.layer[2], model.classifier]
+    else:
+        added = add_lora(model, r=3, alpha=2) if reduction == "lora" else add_task_adapters(model, reduction)
+        blocks = randomise(added)
+    if head == "QuestionAnswering":
+        inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    expected = looped(model, inputs, blocks, labels)
+    found = fisher_diagonal(model, [inputs], blocks, labels, torch.Generator().manual_seed(5))
+    trace = fisher_trace(model, [inputs], blocks, labels, torch.Generator().manual_seed(5))
+    for block, squares, ours, sum_ in zip(blocks, expected, found, trace):
+        assert list(ours) == [name for name, _ in block.named_parameters()]
+        scale = sum(value.sum() for value in squares.values()).item()
+        for key, value in squares.items():
+            assert (ours[key] - value).abs().sum() <= 1e-5 * scale, key
+        assert sum_.item() == pytest.approx(scale, rel=1e-5)
+
+
+def test_official_is_the_squared_gradient_of_the_batch_mean_over_the_batch_size_summed_over_batches():
+    model = tiny_model().eval()
+    blocks, expected = [*randomise(add_task_adapters(model)), model.roberta.embeddings], 0
+    batches = [batch(5, 7), batch(3, 4)]
+    model.requires_grad_(True)  # for the expectation; the measurement needs it not
+    for inputs in batches:
+        log_p = outputs(model, inputs)[0]
+        loss = -log_p.max(-1).values.mean()  # of the argmax label
+        squares = [sum(gradient.double().square().sum() for gradient in torch.autograd.grad(
+            loss, list(block.parameters()), retain_graph=True)) for block in blocks]
+        expected += torch.stack(squares) / len(log_p)
+    torch.testing.assert_close(fisher_trace(model, batches, blocks, "official"), expected, rtol=1e-5, atol=0)
+    diagonal = fisher_diagonal(model, batches, blocks, "official")
+    sums = torch.stack([sum(value.double().sum() for value in squares.values()) for squares in diagonal])
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=0)
+
+
+class Tangled(nn.Module):
+    """Weights shared within and across kinds of layers, bare parameters, repeated calls, in-place changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(9, 4, padding_idx=0), nn.Linear(4, 9, bias=False)
+        self.one, self.two, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+        self.out.weight, self.two.weight = self.embedding.weight, self.one.weight
+        self.scale = nn.Parameter(torch.randn(4))
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, input_ids):
+        h = self.norm(self.embedding(input_ids))  # [B, T, 4]
+        h = self.act(self.one(input=h)) + self.two(h) + self.one(h.flip(1))
+        h = h + self.norm(h)
+        h *= 2
+        return self.out(self.scale * h.mean(1))  # [B, 9], a plain tensor
+
+
+@pytest.mark.filterwarnings("ignore:parameters in")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_shared_weights_bare_parameters_repeated_calls_and_in_place_changes(frozen):
+    torch.manual_seed(0)
+    model, ids = Tangled(), torch.tensor([[1, 2, 2], [3, 1, 0], [5, 5, 5], [8, 0, 0]])
+    expected = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for row in ids:
+        log_p = model(row[None])[0].log_softmax(-1)
+        for y in range(9):
+            gradients = torch.autograd.grad(log_p[y], list(model.parameters()), retain_graph=True)
+            for name, gradient in zip(expected, gradients):
+                expected[name] += log_p[y].detach().exp() * gradient.square() / 4
+    model.requires_grad_(not frozen)
+    found = fisher_diagonal(model, [{"input_ids": ids}], [model], "exact")[0]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7)
+    trace = fisher_trace(model, [{"input_ids": ids}], [model.one, model], "exact").float()
+    sums = {name: value.sum() for name, value in expected.items()}
+    torch.testing.assert_close(trace, torch.stack([sums["one.weight"] + sums["one.bias"], sum(sums.values())]))
+    with pytest.warns(UserWarning, match="parameters in Embedding, Linear, Tangled take a backward pass per"):
+        fisher_trace(model, [{"input_ids": ids}], [model])
+
+
+def test_a_sequential_model_autocast_checkpointing_chunks_and_meta(monkeypatch):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, expected = torch.randn(4, 6), 0
+    for row in x:
+        log_p = plain(row).log_softmax(-1)
+        for y in range(3):
+            gradient = torch.autograd.grad(log_p[y], plain[0].weight, retain_graph=True)[0]
+            expected += log_p[y].detach().exp() * gradient.square() / 4
+    torch.testing.assert_close(fisher_diagonal(plain, [{"input": x}], [plain], "exact")[0]["0.weight"], expected)
+
+    model = tiny_model().eval()
+    blocks, inputs = [*randomise(add_task_adapters(model, 4)), model.roberta.embeddings], batch(5, 30)
+    trace = fisher_trace(model, [inputs], blocks, "exact")
+    diagonal = fisher_diagonal(model, [inputs], blocks, "exact")
+    monkeypatch.setattr(fisher, "CHUNK", 100)
+    torch.testing.assert_close(fisher_trace(model, [inputs], blocks, "exact"), trace)
+    for one, two in zip(fisher_diagonal(model, [inputs], blocks, "exact"), diagonal):
+        assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-9) for name in two)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = fisher_trace(model, [inputs], blocks, "exact")
+    torch.testing.assert_close(rough, trace, rtol=0.1, atol=0)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(fisher_trace(model.train(), [inputs], blocks, "exact"), trace)
+    model.to("meta")
+    inputs = {"input_ids": inputs["input_ids"].to("meta")}
+    for labels in ("sampled", "exact", "official"):
+        assert fisher_trace(model, [inputs], blocks, labels).is_meta
 
 
 def test_unequal_batches_weigh_examples_and_not_batches():
@@ -880,10 +1006,15 @@ def test_impossible_measurements_are_refused():
     blocks = add_task_adapters(model)
     broken = copy.deepcopy(model)
     nn.init.constant_(broken.classifier.out_proj.bias, float("nan"))
+    unused, tagger = tiny_model(), tiny_model(head="TokenClassification")
+    unused.spare = nn.Linear(2, 2)
     for call, message in [(lambda: fisher_trace(model, [], blocks), "no batches"),
                           (lambda: fisher_trace(model, [batch()], [nn.ReLU()]), "block 0 has no parameters"),
-                          (lambda: fisher_trace(model, [batch()], [nn.Linear(2, 2)]), "no block took part"),
-                          (lambda: fisher_trace(model, [batch()], [nn.LayerNorm(4)]), "in LayerNorm"),
+                          (lambda: fisher_trace(model, [batch()], [nn.Linear(2, 2)]), "no block is part of"),
+                          (lambda: fisher_trace(unused, [batch()], [unused.spare]), "no block took part"),
+                          (lambda: fisher_diagonal(model, [{"input_ids": batch()["input_ids"]}], blocks, "gold"),
+                           "labels='gold' needs 'labels'"),
+                          (lambda: fisher_trace(tagger, [batch()], [tagger.classifier]), r"must be \[B, C\]"),
                           (lambda: fisher_trace(model, [batch()], blocks, "golden"), "labels must be one of"),
                           (lambda: fisher_trace(broken, [batch()], [broken.classifier.dense]), "not finite"),
                           (lambda: fisher_trace(model.roberta, [batch()], blocks), "no `logits`")]:
