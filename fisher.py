@@ -12,8 +12,8 @@ How: one backward pass over a batch gives the gradients g of log p with respect 
 layers, for every example on its own, since no example influences another. A linear layer with inputs x_t and
 output gradients g_t has the weight gradient sum_t g_t x_t^T, summed over tokens t BEFORE it is squared. No
 weight gradient is formed, and `requires_grad` plays no part: frozen blocks are measured like open ones.
-LayerNorm, Embedding and LoRA (y = s B A x is two such layers) work alike; any other parameter takes a backward
-pass per example. Batch first: what the layers see is [B, ...] or, for multiple choice, [B * C, ...].
+LayerNorm, Embedding and LoRA (y = s B A x is two such layers) work alike; any other parameter takes a pass
+backward per example. Batch first: what layers see must be [B, ...] or, for multiple choice, [B * C, ...].
 The official code takes the argmax label and squares the gradient of the batch mean: labels="official".
 """
 
@@ -79,14 +79,14 @@ def fisher_diagonal(
         squares[parameter] = squares.get(parameter, 0) + _squares(x, g, weight, parameter.shape)
 
     count = _accumulate(model, batches, blocks, labels, generator, add)
-    return [{name: squares[parameter] / count if parameter in squares else torch.zeros_like(parameter.detach())
+    return [{name: squares.get(parameter, torch.zeros_like(parameter.detach())) / count
              for name, parameter in block.named_parameters()} for block in blocks]
 
 
 @torch.enable_grad()
 def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Module], labels: str,
                 generator: torch.Generator | None, add: Callable) -> int:
-    """Call add(parameter, x, g, weight [B]) for every batch, label and parameter; returns what to divide by."""
+    """Call add(parameter, x, g, weight) for every batch, label and parameter; returns what to divide by."""
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}, not {labels!r}")
     for index, block in enumerate(blocks):
@@ -99,6 +99,7 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
     if not owners:
         raise ValueError("no block is part of the model")
     slow = _without_formula(owners)
+    _warn(slow, owners)
     generator = generator or torch.Generator().manual_seed(0)
     examples = 0
     with _restored(model, wanted):
@@ -109,6 +110,7 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
                      for parameter in owners[module].values()}
             if mixed:  # a layer ran once for the whole batch, as for positions: no telling examples apart
                 slow |= mixed
+                _warn(mixed, owners)
                 log_p, calls = _forward(model, batch, owners, slow)
             if not calls and not slow:
                 raise ValueError("no block took part in the model's forward pass")
@@ -144,12 +146,14 @@ def _without_formula(owners: dict[nn.Module, dict[str, nn.Parameter]]) -> set[nn
             kind = None
         for parameter in own.values():
             kinds.setdefault(parameter, set()).add(kind)
-    slow = {parameter for parameter, of in kinds.items() if None in of or len(of) > 1}
-    if slow:
-        names = {type(module).__name__ for module, own in owners.items() if slow & set(own.values())}
+    return {parameter for parameter, of in kinds.items() if None in of or len(of) > 1}
+
+
+def _warn(slow: set[nn.Parameter], owners: dict[nn.Module, dict[str, nn.Parameter]]) -> None:
+    names = {type(module).__name__ for module, own in owners.items() if slow & set(own.values())}
+    if names:
         warnings.warn(f"parameters in {', '.join(sorted(names))} take a backward pass per example: slow",
                       stacklevel=4)
-    return slow
 
 
 @contextmanager
@@ -177,7 +181,7 @@ def _forward(model: nn.Module, batch: dict, owners: dict, slow: set) -> tuple[li
         x = arguments[0] if arguments else next(iter(keywords.values()))
         if not output.requires_grad:  # below everything that is differentiated: the graph starts here
             output = output.detach().requires_grad_()
-        output = output.clone()  # what follows may change it in place, which neither a start nor a view survives
+        output = output.clone()  # the model may change it in place, which no start and no view survives
         calls.setdefault(module, []).append((x.detach(), x._version, get_gradient_edge(output)))
         return output
 
@@ -232,7 +236,7 @@ def _draws(log_p: list[torch.Tensor], batch: dict, labels: str, generator: torch
     return [(chosen, torch.ones_like(chosen).detach())]
 
 
-def _gradients(chosen: torch.Tensor, calls: dict, owners: dict, slow: set, keep_graph: bool) -> Iterator[tuple]:
+def _gradients(chosen: torch.Tensor, calls: dict, owners: dict, slow: set, keep_graph: bool) -> Iterator:
     """(parameter, x, g) such that its gradient of log p(y|x) is, for each example, sum_t g_t x_t^T."""
     edges = [edge for recorded in calls.values() for *_, edge in recorded]
     by_edge = dict(zip(edges, torch.autograd.grad(chosen.sum(), edges, retain_graph=keep_graph or bool(slow),
@@ -260,7 +264,7 @@ def _gradients(chosen: torch.Tensor, calls: dict, owners: dict, slow: set, keep_
 
 
 def _by_example(value: torch.Tensor, examples: int) -> torch.Tensor:
-    """[B, H], [B, T, H] or, for multiple choice, [B * C, T, H] -> [B, tokens, H]; token ids -> [B, tokens]."""
+    """[B, H], [B, T, H] or, for multiple choice, [B * C, T, H] -> [B, tokens, H]; ids -> [B, tokens]."""
     if not value.is_floating_point():
         return value.reshape(examples, -1)
     value = value.to(torch.promote_types(value.dtype, torch.float32))
@@ -296,7 +300,7 @@ def _squared_norms(x: torch.Tensor | None, g: torch.Tensor) -> torch.Tensor:
     return torch.cat([(h.mT @ y).square().sum((1, 2)) for y, h in _chunks(n_in * n_out, x, g)])
 
 
-def _squares(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def _squares(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, shape: tuple) -> torch.Tensor:
     """sum_b weight_b (sum_t g_t x_t^T)^2, elementwise, in the parameter's shape."""
     if x is None:
         return (weight[:, None] * g.sum(1).square()).sum(0).reshape(shape)

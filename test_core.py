@@ -787,7 +787,8 @@ def looped(model, inputs: dict, blocks: list[nn.Module], labels: str) -> list[di
         single = {key: value[i : i + 1] for key, value in inputs.items()}
         parts = [part[0] for part in outputs(model, single)]
         gold = [single[key] for key in TARGETS if key in single]
-        one = {"sampled": [part[i] for part in chosen], "argmax": [part.argmax() for part in parts], "gold": gold}
+        best = [part.argmax() for part in parts]
+        one = {"sampled": [part[i] for part in chosen], "argmax": best, "gold": gold}
         every = itertools.product(*(range(len(part)) for part in parts))
         for ys in every if labels == "exact" else [one[labels]]:
             log_p = sum(part[y] for part, y in zip(parts, ys))
@@ -808,7 +809,7 @@ CASES = {
     "question answering": ("Roberta", "QuestionAnswering", 4, batch(3, 5) | {
         "start_positions": torch.tensor([1, 0, 4]), "end_positions": torch.tensor([1, 3, 4])}),
     "LoRA": ("XLMRoberta", "SequenceClassification", "lora", batch()),
-    "whole layers": ("XLMRoberta", "SequenceClassification", "layers", batch()),  # Linear, LayerNorm, Embedding
+    "whole layers": ("XLMRoberta", "SequenceClassification", "layers", batch()),  # and LayerNorm, Embedding
     "shared positions": ("Bert", "SequenceClassification", "layers", batch()),  # one output for all examples
 }
 
@@ -891,7 +892,8 @@ def test_shared_weights_bare_parameters_repeated_calls_and_in_place_changes(froz
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7)
     trace = fisher_trace(model, [{"input_ids": ids}], [model.one, model], "exact").float()
     sums = {name: value.sum() for name, value in expected.items()}
-    torch.testing.assert_close(trace, torch.stack([sums["one.weight"] + sums["one.bias"], sum(sums.values())]))
+    expected = torch.stack([sums["one.weight"] + sums["one.bias"], sum(sums.values())])
+    torch.testing.assert_close(trace, expected)
     with pytest.warns(UserWarning, match="parameters in Embedding, Linear, Tangled take a backward pass per"):
         fisher_trace(model, [{"input_ids": ids}], [model])
 
@@ -905,7 +907,8 @@ def test_a_sequential_model_autocast_checkpointing_chunks_and_meta(monkeypatch):
         for y in range(3):
             gradient = torch.autograd.grad(log_p[y], plain[0].weight, retain_graph=True)[0]
             expected += log_p[y].detach().exp() * gradient.square() / 4
-    torch.testing.assert_close(fisher_diagonal(plain, [{"input": x}], [plain], "exact")[0]["0.weight"], expected)
+    found = fisher_diagonal(plain, [{"input": x}], [plain], "exact")[0]["0.weight"]
+    torch.testing.assert_close(found, expected)
 
     model = tiny_model().eval()
     blocks, inputs = [*randomise(add_task_adapters(model, 4)), model.roberta.embeddings], batch(5, 30)
@@ -924,6 +927,27 @@ def test_a_sequential_model_autocast_checkpointing_chunks_and_meta(monkeypatch):
     inputs = {"input_ids": inputs["input_ids"].to("meta")}
     for labels in ("sampled", "exact", "official"):
         assert fisher_trace(model, [inputs], blocks, labels).is_meta
+
+
+@pytest.mark.parametrize("python", [sys.executable, pytest.param(ADAPTERHUB, marks=needs_adapterhub)])
+def test_fisher_py_works_alone(python, tmp_path):
+    shutil.copy(HERE / "fisher.py", tmp_path)
+    run_alone("""
+import torch, transformers
+from fisher import fisher_diagonal, fisher_trace
+plain = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+config = transformers.XLMRobertaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2,
+                                       num_attention_heads=2, intermediate_size=32, max_position_embeddings=40)
+encoder = transformers.XLMRobertaForSequenceClassification(config)
+ids = torch.randint(5, 60, (3, 7))
+for model, batch in ((plain, {"input": torch.randn(5, 3)}), (encoder, {"input_ids": ids})):
+    diagonal, = fisher_diagonal(model, [batch], [model], labels="exact")
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert {name: value.shape for name, value in diagonal.items()} == shapes
+    total = sum(value.double().sum() for value in diagonal.values())
+    trace = fisher_trace(model, [batch], [model], labels="exact")
+    torch.testing.assert_close(trace[0], total, rtol=1e-5, atol=0)
+""", tmp_path, python)
 
 
 def test_unequal_batches_weigh_examples_and_not_batches():
@@ -1006,14 +1030,14 @@ def test_impossible_measurements_are_refused():
     blocks = add_task_adapters(model)
     broken = copy.deepcopy(model)
     nn.init.constant_(broken.classifier.out_proj.bias, float("nan"))
+    unlabelled = {"input_ids": batch()["input_ids"]}
     unused, tagger = tiny_model(), tiny_model(head="TokenClassification")
     unused.spare = nn.Linear(2, 2)
     for call, message in [(lambda: fisher_trace(model, [], blocks), "no batches"),
                           (lambda: fisher_trace(model, [batch()], [nn.ReLU()]), "block 0 has no parameters"),
                           (lambda: fisher_trace(model, [batch()], [nn.Linear(2, 2)]), "no block is part of"),
                           (lambda: fisher_trace(unused, [batch()], [unused.spare]), "no block took part"),
-                          (lambda: fisher_diagonal(model, [{"input_ids": batch()["input_ids"]}], blocks, "gold"),
-                           "labels='gold' needs 'labels'"),
+                          (lambda: fisher_trace(model, [unlabelled], blocks, "gold"), "'gold' needs 'labels'"),
                           (lambda: fisher_trace(tagger, [batch()], [tagger.classifier]), r"must be \[B, C\]"),
                           (lambda: fisher_trace(model, [batch()], blocks, "golden"), "labels must be one of"),
                           (lambda: fisher_trace(broken, [batch()], [broken.classifier.dense]), "not finite"),
@@ -1200,7 +1224,10 @@ def test_a_run_leaves_what_it_promises_and_the_same_seed_gives_the_same_bits(ass
     log = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
     openings = [[event["step"], *event["blocks"]] for event in log if event["event"] == "open"]
     assert openings == results["order"]
-    for event in (event for event in log if event["event"] == "fisher"):
+    averages = [event["average"] for event in log if event["event"] == "fisher"]
+    for number, event in enumerate(event for event in log if event["event"] == "fisher"):
+        last_ten = averages[max(0, number - 9) : number + 1]
+        assert event["moving_average"] == pytest.approx(sum(last_ten) / len(last_ten))
         assert len(event["trace"]) == LAYERS
         assert event["average"] == pytest.approx(sum(event["trace"]) / len(event["trainable"]))
         opened = [block for step, block in results["order"] if step <= event["step"]]

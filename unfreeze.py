@@ -326,6 +326,7 @@ def train(settings: Settings) -> None:
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)  # no warm-up
 
     traces: dict[int, list[float]] = {}  # by step: FUN's choice and the report share one measurement
+    averages: list[float] = []
 
     def trace() -> list[float]:
         if step not in traces:
@@ -357,7 +358,7 @@ def train(settings: Settings) -> None:
         if opened:
             log("open", step, blocks=opened)
         if step in traces or step % (settings.fisher_every or per_epoch) == 0:
-            report_trace(log, step, trace(), unfreezer.trainable)
+            report_trace(log, step, trace(), unfreezer.trainable, averages)
 
         model.train()
         chosen = order[position * settings.batch_size : (position + 1) * settings.batch_size]
@@ -382,7 +383,7 @@ def train(settings: Settings) -> None:
             if validation > best_accuracy:
                 best, best_accuracy = [parameter.detach().clone() for parameter in learned], validation
     step = settings.steps
-    report_trace(log, step, trace(), unfreezer.trainable)
+    report_trace(log, step, trace(), unfreezer.trainable, averages)
 
     with torch.no_grad():
         for parameter, value in zip(learned, best):
@@ -478,10 +479,13 @@ def fisher_batches(settings: Settings, examples: list, generator: torch.Generato
     return [collate(chosen[start : start + size]) for start in range(0, len(chosen), size)]
 
 
-def report_trace(log: Callable, step: int, trace: list[float], trainable: list[int]) -> None:
-    """Log and print tr(F): a number per block, bottom to top, and the paper's average per trainable block."""
+def report_trace(log: Callable, step: int, trace: list[float], trainable: list[int], averages: list[float]):
+    """Log and print tr(F): a number per block, bottom to top, and the paper's average per trainable block.
+    The log has the moving average over ten measurements too."""
     average = sum(trace) / len(trainable) if trainable else None
-    log("fisher", step, trace=trace, trainable=trainable, average=average)
+    averages += [average] if trainable else []
+    smooth = mean(averages[-10:]) if averages else None
+    log("fisher", step, trace=trace, trainable=trainable, average=average, moving_average=smooth)
     if step == 0:
         names = "".join(f"{'b' + str(block):>6} " for block in range(len(trace)))
         tqdm.write("tr(F) of each block, b0 at the bottom, * open; average: the sum over the number of open")
