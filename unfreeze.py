@@ -171,7 +171,7 @@ class Settings:
     seed: int = option(0, "of head, adapters, dropout, data order and Rand", type=int)
     fisher_every: int = option(0, "steps between two reports of tr(F); 0: each epoch", type=int)
     fisher_labels: str = option("sampled", "labels of tr(F)", choices=list(LABELS))
-    fisher_batches: int = option(2, "training batches per measurement of tr(F)", type=int)
+    fisher_batches: int = option(4, "training batches per measurement of tr(F)", type=int)
     device: str | None = option(None, "default: cuda when there is one", choices=["cpu", "cuda"])
     bf16: bool = option(False, "bfloat16 autocast", action="store_true")
     out: str | None = option(None, "the run's folder (default: runs/TASK-MODEL-METHOD-SEED)")
