@@ -239,8 +239,10 @@ def _draws(log_p: list[torch.Tensor], batch: dict, labels: str, generator: torch
 def _gradients(chosen: torch.Tensor, calls: dict, owners: dict, slow: set, keep_graph: bool) -> Iterator:
     """(parameter, x, g) such that its gradient of log p(y|x) is, for each example, sum_t g_t x_t^T."""
     edges = [edge for recorded in calls.values() for *_, edge in recorded]
-    by_edge = dict(zip(edges, torch.autograd.grad(chosen.sum(), edges, retain_graph=keep_graph or bool(slow),
-                                                  allow_unused=True))) if edges else {}
+    by_edge = {}
+    if edges:
+        by_edge = dict(zip(edges, torch.autograd.grad(
+            chosen.sum(), edges, retain_graph=keep_graph or bool(slow), allow_unused=True)))
     factors: dict[nn.Parameter, list[tuple]] = {}
     with torch.no_grad():
         for module, recorded in calls.items():
@@ -253,9 +255,9 @@ def _gradients(chosen: torch.Tensor, calls: dict, owners: dict, slow: set, keep_
                 for name, parameter in owners[module].items():
                     if parameter not in slow:
                         factors.setdefault(parameter, []).append(_factors(module, name, x, g))
-        for parameter, several in factors.items():  # all uses of a parameter are one sum: they lengthen T
-            xs, gs = zip(*several)
-            yield parameter, None if xs[0] is None else torch.cat(xs, 1), torch.cat(gs, 1)
+    for parameter, several in factors.items():  # all uses of a parameter are one sum: they lengthen T
+        xs, gs = zip(*several)
+        yield parameter, None if xs[0] is None else torch.cat(xs, 1), torch.cat(gs, 1)
     if slow:
         rows = [torch.autograd.grad(one, list(slow), retain_graph=True, allow_unused=True) for one in chosen]
         for parameter, column in zip(slow, zip(*rows)):
