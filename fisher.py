@@ -20,6 +20,7 @@ The official code takes the argmax label and squares the gradient of the batch m
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -102,16 +103,16 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
     _warn(slow, owners)
     generator = generator or torch.Generator().manual_seed(0)
     examples = 0
-    with _restored(model, wanted):
+    with _restored(model, wanted), _recorder(owners, slow) as tape:
         for batch in batches:
-            log_p, calls = _forward(model, batch, owners, slow)
+            log_p, calls = _forward(model, batch, slow, tape)
             size = len(log_p[0])
             mixed = {parameter for module, recorded in calls.items() for x, *_ in recorded if len(x) % size
                      for parameter in owners[module].values()}
             if mixed:  # a layer ran once for the whole batch, as for positions: no telling examples apart
                 slow |= mixed
                 _warn(mixed, owners)
-                log_p, calls = _forward(model, batch, owners, slow)
+                log_p, calls = _forward(model, batch, slow, tape)
             if not calls and not slow:
                 raise ValueError("no block took part in the model's forward pass")
             draws = _draws(log_p, batch, labels, generator)
@@ -172,29 +173,39 @@ def _restored(model: nn.Module, wanted: set[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _forward(model: nn.Module, batch: dict, owners: dict, slow: set) -> tuple[list[torch.Tensor], dict]:
-    """log p of each output [B, C], and by module its calls: the input, its version, the output's place in the
-    graph (which, unlike the output, is still true when the model has changed the output in place)."""
-    calls: dict[nn.Module, list[tuple]] = {}
+@contextmanager
+def _recorder(owners: dict, slow: set) -> Iterator[SimpleNamespace]:
+    """While `tape.on`, `tape.calls` gets by module each call's input, its version, and the output's place in
+    the graph (which, unlike the output, is still true when the model has changed the output in place)."""
+    tape = SimpleNamespace(on=False, calls={})
 
     def record(module, arguments, keywords, output):
+        if slow.issuperset(owners[module].values()):
+            return output
         x = arguments[0] if arguments else next(iter(keywords.values()))
         if not output.requires_grad:  # below everything that is differentiated: the graph starts here
             output = output.detach().requires_grad_()
         output = output.clone()  # the model may change it in place, which no start and no view survives
-        calls.setdefault(module, []).append((x.detach(), x._version, get_gradient_edge(output)))
+        if tape.on:  # and not when gradient checkpointing calls again, inside the backward pass
+            tape.calls.setdefault(module, []).append((x.detach(), x._version, get_gradient_edge(output)))
         return output
 
-    for parameter in slow:
-        parameter.requires_grad_()
-    handles = [module.register_forward_hook(record, with_kwargs=True) for module, own in owners.items()
-               if not set(own.values()) <= slow]
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in owners]
     try:
-        output = model(**{key: value for key, value in batch.items() if key not in TARGETS})
+        yield tape
     finally:
         for handle in handles:
             handle.remove()
-    return _log_probabilities(model, batch, output), calls
+
+
+def _forward(model: nn.Module, batch: dict, slow: set, tape: SimpleNamespace) -> tuple[list, dict]:
+    """log p of each output [B, C], and the recorded calls by module."""
+    for parameter in slow:
+        parameter.requires_grad_()
+    tape.on, tape.calls = True, {}
+    output = model(**{key: value for key, value in batch.items() if key not in TARGETS})
+    tape.on = False
+    return _log_probabilities(model, batch, output), tape.calls
 
 
 def _log_probabilities(model: nn.Module, batch: dict, output) -> list[torch.Tensor]:

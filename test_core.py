@@ -899,6 +899,15 @@ def test_shared_weights_bare_parameters_repeated_calls_and_in_place_changes(froz
         fisher_trace(model, [{"input_ids": ids}], [model])
 
 
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+
 def test_a_sequential_model_autocast_checkpointing_chunks_and_meta(monkeypatch):
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
@@ -926,6 +935,9 @@ def test_a_sequential_model_autocast_checkpointing_chunks_and_meta(monkeypatch):
         warnings.simplefilter("ignore", FutureWarning)  # the new name is not in transformers 4.57
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.testing.assert_close(fisher_trace(model.train(), [inputs], blocks, "exact"), trace)
+    always = Checkpointed().requires_grad_(False)
+    trace = fisher_trace(always, [{"x": x}], [always.inner[2]], "exact")
+    torch.testing.assert_close(trace, fisher_trace(always.inner, [{"input": x}], [always.inner[2]], "exact"))
     model.to("meta")
     inputs = {"input_ids": inputs["input_ids"].to("meta")}
     for labels in ("sampled", "exact", "official"):
@@ -940,7 +952,8 @@ import torch, transformers
 from fisher import fisher_diagonal, fisher_trace
 plain = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
 config = transformers.XLMRobertaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2,
-                                       num_attention_heads=2, intermediate_size=32, max_position_embeddings=40)
+                                       intermediate_size=32, num_attention_heads=2,
+                                       max_position_embeddings=40)
 encoder = transformers.XLMRobertaForSequenceClassification(config)
 ids = torch.randint(5, 60, (3, 7))
 for model, batch in ((plain, {"input": torch.randn(5, 3)}), (encoder, {"input_ids": ids})):
@@ -1040,7 +1053,7 @@ def test_impossible_measurements_are_refused():
                           (lambda: fisher_trace(model, [batch()], [nn.ReLU()]), "block 0 has no parameters"),
                           (lambda: fisher_trace(model, [batch()], [nn.Linear(2, 2)]), "no block is part of"),
                           (lambda: fisher_trace(unused, [batch()], [unused.spare]), "no block took part"),
-                          (lambda: fisher_trace(model, [unlabelled], blocks, "gold"), "'gold' needs 'labels'"),
+                          (lambda: fisher_trace(model, [unlabelled], blocks, "gold"), "'gold' needs 'lab"),
                           (lambda: fisher_trace(tagger, [batch()], [tagger.classifier]), r"must be \[B, C\]"),
                           (lambda: fisher_trace(model, [batch()], blocks, "golden"), "labels must be one of"),
                           (lambda: fisher_trace(broken, [batch()], [broken.classifier.dense]), "not finite"),
