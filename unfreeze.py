@@ -243,6 +243,13 @@ def check(settings: Settings | LanguageSettings) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
+def seeded_device(settings: Settings | LanguageSettings) -> torch.device:
+    """The device to train on, with random numbers from the seed and deterministic algorithms."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(settings.seed)
+    return torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def load_model(settings: Settings | LanguageSettings, head: type, patch: Callable, **config):
     """Tokenizer, model with this head, and what `patch` adds to it; weights come from safetensors only."""
     folder = Path(settings.model)
@@ -297,9 +304,7 @@ def train(settings: Settings) -> None:
     check(settings)
     out = run_folder(settings, f"-{settings.method}-{settings.seed}")
     splits, texts, labels = load_data(settings)
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.manual_seed(settings.seed)
+    device = seeded_device(settings)
     names = [str(label) for label in labels]
     tokenizer, model, blocks = load_model(
         settings, AutoModelForSequenceClassification,
@@ -510,9 +515,7 @@ def train_language(settings: LanguageSettings) -> None:
     started = time.time()
     check(settings)
     out = run_folder(settings, f"/{settings.language}")
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.manual_seed(settings.seed)
+    device = seeded_device(settings)
     tokenizer, model, modules = load_model(settings, AutoModelForMaskedLM,
                                            lambda model: add_language_adapter(model, settings.language))
     for module in modules:
