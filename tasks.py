@@ -1,155 +1,680 @@
-"""The tasks: their columns and languages, JSON lines in, token ids out, and how they are scored.
+"""The tasks: where their data lies, how rows become token ids, how answers are scored, and the paper's presets.
 
-A local folder holds train.en.jsonl, validation.en.jsonl and test.<language>.jsonl, one JSON object a line.
+Liu et al., NAACL 2024: Tables 3, 4 and 15 (presets), the results to compare with, and the rules of scoring.
 
-    splits, texts, labels = load_data(settings)                          # settings: unfreeze.py's
-    examples = encode(splits["train"], texts, labels, tokenizer, 128)    # token ids, mask and label, unpadded
-    percent = accuracy(model, examples, collate, autocast)
+    splits, labels = load_data(settings)                            # settings: unfreeze.py's
+    examples = task.encode(splits["de"], tokenizer, 128, labels)    # task = TASKS["xnli"]
+    outputs = predict(task, model, examples, collate, autocast)
+    scores, predictions = task.score(splits["de"], examples, outputs, "de", labels)
+
+A fifth task is one more entry of TASKS: columns, languages, place on the hub, head, and three functions of its kind
+(pairs, spans, choices, masked text). Scores are in percent; places in a text are counted in characters (code points).
 """
 
+import dataclasses
 import json
+import math
+import re
+import string
+import unicodedata
 from array import array
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
+from transformers import (AutoModelForMaskedLM, AutoModelForMultipleChoice, AutoModelForQuestionAnswering,
+                          AutoModelForSequenceClassification, AutoTokenizer, DataCollatorForLanguageModeling,
+                          DataCollatorForMultipleChoice, DataCollatorWithPadding)
+
+from adapters import add_language_adapter, add_lora, add_task_adapters, set_language
 
 
 class UserError(Exception):
     """A mistake the user can mend: printed as one line, exit status 2."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """A classification task on one text or a pair: its columns, labels and the paper's test languages."""
-
-    texts: tuple[str, ...]
-    optional_text: str | None = None  # used where the training file has it
-    labels: tuple | None = None  # None: those of the training file
-    languages: tuple[str, ...] | None = None  # None: every test file there is
+# ------------------------------------------------------------------------------------------------------------
+# Rows, from a folder or from the hub
+# ------------------------------------------------------------------------------------------------------------
 
 
-TASKS = {
-    "xnli": Task(("premise", "hypothesis"), labels=(0, 1, 2),  # the paper leaves out bg, fr and ur
-                 languages=("en", "ar", "de", "el", "es", "hi", "ru", "sw", "th", "tr", "vi", "zh")),
-    "classify": Task(("text",), optional_text="text_pair"),
-}
+def load_data(settings) -> tuple[dict[str, list[dict]], list]:
+    """The rows by split (train, validation, then the test languages, English first), and the labels."""
+    if settings.task == "mlm":
+        return read_text(Path(settings.data)), []
+    task, languages = TASKS[settings.task], test_languages(settings)
+    train = read_split(settings, "train", "en")
+    first = next(iter(train.values())) or {}
+    columns = (*task.columns, *(column for column in task.optional_columns if column in first))
+    splits, values = {"train": check_rows(train, columns, task.values)}, dict(task.values)
+    if "label" in columns and "label" not in values:  # integers by value, strings by alphabet
+        found = {row["label"] for row in splits["train"]}
+        values["label"] = sorted(found, key=lambda label: (isinstance(label, str), label))
+    splits["validation"] = check_rows(read_split(settings, "validation", "en"), columns, values)
+    for language in languages:
+        rows = check_rows(read_split(settings, "test", language), columns, values)
+        splits[language] = sample(rows, settings.test_examples, seed=0)  # every run tests on the same ones
+    splits["train"] = sample(splits["train"], settings.train_examples, settings.seed, stratified=True)
+    return splits, list(values.get("label", []))
 
-# Table 3. k: LPFT / GU / FUN; methods of which the table says nothing take GU's.
-PRESETS = {
-    ("xnli", "bert"): {"epochs": 15, "lr": 5e-4, "batch_size": 128, "k": {"lpft": 25, "gu": 800, "fun": 50}},
-    ("xnli", "xlm-roberta"): {"epochs": 15, "lr": 5e-4, "batch_size": 128, "k": {"gu": 800}},
-    ("classify", "xlm-roberta"): {"epochs": 3, "lr": 8e-4, "batch_size": 32, "k": None},  # not the paper's
-}
+
+def test_languages(settings) -> list[str]:
+    """English, then those asked for, by default the task's."""
+    task = TASKS[settings.task]
+    known, where = [*(task.languages or ()), *task.other_languages], "on the hub"
+    if settings.data is not None:
+        if not Path(settings.data).is_dir():
+            raise UserError(f"no data folder {settings.data}: --data must name one with train.en.jsonl, "
+                            "validation.en.jsonl and test.<language>.jsonl")
+        known = sorted(path.name.split(".")[1] for path in Path(settings.data).glob("test.*.jsonl"))
+        where = f"in {settings.data} (test.<language>.jsonl)"
+    wanted = settings.languages.split(",") if settings.languages else task.languages or known
+    for language in ("en", *wanted):
+        if language not in known:
+            raise UserError(f"{settings.task} has no language {language!r} {where}, only "
+                            f"{', '.join(known) or 'none at all'}: choose with --languages")
+    return ["en", *(language for language in dict.fromkeys(wanted) if language != "en")]
 
 
-def read_rows(path: Path, texts: tuple[str, ...], labels: list | None) -> list[dict]:
-    """The rows of one file; every one is checked, and an error names file and line."""
+def read_split(settings, split: str, language: str) -> dict[str, dict]:
+    """The rows as they are, by the place that an error message names."""
+    if settings.data is not None:
+        return read_lines(Path(settings.data) / f"{split}.{language}.jsonl")
+    place = TASKS[settings.task].hub[split].format(language)
+    if settings.task != "xcopa" or split != "test":
+        return read_hub(place)
+    if language == "en":  # the hub's copy of COPA hides the labels of its test pairs
+        return read_split(settings, "validation", "en")
+    rows, english = read_hub(place), read_hub("aps/super_glue/copa/test")
+    if len(rows) != len(english):
+        raise UserError(f"{place} on the hub has {len(rows)} rows and English COPA {len(english)}: they must "
+                        "be parallel; give a folder with --data instead")
+    # XCOPA's own question is wrong in five languages.
+    return {key: row | {"question": row_en["question"]}
+            for (key, row), row_en in zip(rows.items(), english.values())}
+
+
+def read_lines(path: Path) -> dict[str, dict]:
     if not path.is_file():
         raise UserError(f"missing data file {path}: --data must hold train.en.jsonl, validation.en.jsonl and "
                         "test.<language>.jsonl")
-    rows = []
+    rows = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line.decode("utf-8"))
+                rows[f"{path}:{number}"] = json.loads(line.decode("utf-8"))
             except ValueError:
-                row = None
-            check_row(row, f"{path}:{number}", texts, labels)
-            rows.append(row)
+                rows[f"{path}:{number}"] = None
     if not rows:
         raise UserError(f"{path} is empty: it needs one JSON object a line")
     return rows
 
 
-def check_row(row: dict, place: str, texts: tuple[str, ...], labels: list | None) -> None:
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: not a JSON object in UTF-8; each line must be one")
-    for column in (*texts, "label"):
-        if row.get(column) is None:
-            raise UserError(f"{place}: no column {column!r}; each line needs {', '.join((*texts, 'label'))}")
-    for column in texts:
-        if not isinstance(row[column], str):
-            raise UserError(f"{place}: column {column!r} must be a string, not {row[column]!r}")
-    if type(row["label"]) not in (int, str):
-        raise UserError(f"{place}: label {row['label']!r} must be a string or an integer")
-    if labels is not None and row["label"] not in labels:
-        raise UserError(f"{place}: label {row['label']!r} is not one of the training labels "
-                        f"({', '.join(map(str, labels[:5]))}{', …' * (len(labels) > 5)})")
+def read_hub(place: str) -> dict[str, dict]:
+    """The rows of owner/name/config/split, from the hub's own parquet conversion, which runs no script.
+
+    Downloads are kept in the hub's cache, so HF_HUB_OFFLINE=1 works after the first time.
+    """
+    import datasets
+    from huggingface_hub import snapshot_download
+
+    owner, name, config, split = place.split("/")
+    try:
+        folder = snapshot_download(f"{owner}/{name}", repo_type="dataset", revision="refs/convert/parquet",
+                                   allow_patterns=f"{config}/{split}/*.parquet")
+    except Exception as error:  # the client raises OSError, ValueError and its HTTP library's errors alike
+        raise UserError(f"data {place} is not in the local cache and the hub does not give it "
+                        f"({type(error).__name__}): check the connection, or name a folder with --data") from None
+    files = sorted(Path(folder, config, split).glob("*.parquet"))
+    if not files:
+        raise UserError(f"the hub has no parquet files for {place}: name a folder with --data")
+    rows = {}
+    for file in files:
+        try:  # streamed, so that no second copy of the data is cached
+            data = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+            rows |= {f"{place}/{file.name}, row {number}": row for number, row in enumerate(data)}
+        except Exception as error:  # whatever a damaged file provokes
+            raise UserError(f"{file.resolve()} holds no readable data ({type(error).__name__}): delete it, and "
+                            "the next run downloads it again") from None
+    return rows
 
 
-def load_data(settings) -> tuple[dict[str, list[dict]], tuple[str, ...], list]:
-    """The splits (train, validation, one per test language, English first), the text columns, the labels."""
-    task, folder = TASKS[settings.task], Path(settings.data)
-    texts, train = task.texts, read_rows(folder / "train.en.jsonl", task.texts, task.labels)
-    if task.optional_text in train[0]:
-        texts = (*task.texts, task.optional_text)
-        train = read_rows(folder / "train.en.jsonl", texts, task.labels)
-    found = {row["label"] for row in train}  # integers by value, strings by alphabet
-    labels = list(task.labels or sorted(found, key=lambda label: (isinstance(label, str), label)))
-    splits = {"train": train, "validation": read_rows(folder / "validation.en.jsonl", texts, labels)}
-    for language in test_languages(settings, folder):
-        rows = read_rows(folder / f"test.{language}.jsonl", texts, labels)
-        splits[language] = sample(rows, settings.test_examples, seed=0)  # every run tests on the same ones
-    splits["train"] = sample(train, settings.train_examples, settings.seed)
-    return splits, texts, labels
+def check_rows(rows: dict[str, dict], columns: tuple[str, ...], values: dict) -> list[dict]:
+    """These columns of every row; an error names the row's place."""
+    for place, row in rows.items():
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: not a JSON object in UTF-8; each line must be one")
+        for column in columns:
+            value = row.get(column)
+            if value is None:
+                raise UserError(f"{place}: no column {column!r}; each row needs {', '.join(columns)}")
+            if column == "answers":
+                check_answers(value, place)
+            elif not isinstance(value, str) and (column != "label" or type(value) is not int):
+                kind = "a string or an integer" if column == "label" else "a string"
+                raise UserError(f"{place}: column {column!r} must be {kind}, not {value!r}")
+            elif column in values and value not in values[column]:
+                known = [str(known) for known in values[column]]
+                raise UserError(f"{place}: {column} {value!r} is not one of {', '.join(known[:5])}"
+                                f"{', …' * (len(known) > 5)}")
+    return [{column: row[column] for column in columns} for row in rows.values()]
 
 
-def sample(rows: list[dict], count: int | None, seed: int) -> list[dict]:
-    """`count` rows at random in their own order, or all: files are often sorted by label."""
-    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
-    return [rows[i] for i in chosen.sort().values]
+def check_answers(answers: dict, place: str) -> None:
+    try:
+        fits = all(isinstance(text, str) and type(start) is int
+                   for text, start in zip(answers["text"], answers["answer_start"], strict=True))
+        assert fits and len(answers["text"]) > 0
+    except (TypeError, KeyError, ValueError, AssertionError):
+        raise UserError(f"{place}: answers must be {{'text': [string, …], 'answer_start': [integer, …]}} with one "
+                        "answer or more") from None
 
 
-def test_languages(settings, folder: Path) -> list[str]:
-    """English, then those asked for, by default the task's."""
-    there = sorted(path.name.split(".")[1] for path in folder.glob("test.*.jsonl"))
-    wanted = settings.languages.split(",") if settings.languages else TASKS[settings.task].languages or there
-    for language in ("en", *wanted):
-        if language not in there:
-            known = ", ".join(there) or "no language"
-            raise UserError(f"no file test.{language}.jsonl in {folder}, only for {known}: use --languages")
-    return ["en", *(language for language in dict.fromkeys(wanted) if language != "en")]
+def sample(rows: list[dict], count: int | None, seed: int, stratified: bool = False) -> list[dict]:
+    """`count` rows at random in their own order, or all; stratified: every label in its own share."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    if count is None or count >= len(rows):
+        return rows
+    if stratified and "label" in rows[0]:
+        # The n-th of N rows of its label stands at (n + 1/2) / N: the first `count` hold each label's share.
+        size, seen = Counter(row["label"] for row in rows), Counter()
+        rank = {}
+        for i in order:
+            label = rows[i]["label"]
+            rank[i] = (seen[label] + 0.5) / size[label]
+            seen[label] += 1
+        order.sort(key=rank.get)
+    return [rows[i] for i in sorted(order[:count])]
 
 
-def encode(rows: list[dict], texts: tuple[str, ...], labels: list, tokenizer, max_length: int) -> list[dict]:
-    """One dictionary of token ids, attention mask and label number per row, unpadded."""
-    columns = [[row[column] for row in rows] for column in texts]
+def read_text(path: Path) -> dict[str, list[dict]]:
+    """The lines of a text file: one in twenty is held out."""
+    if not path.is_file():
+        raise UserError(f"missing text file {path}: --data takes a plain text file for mlm")
+    try:
+        lines = [{"text": line} for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8: --data takes a plain text file for mlm") from None
+    return {"train": [line for i, line in enumerate(lines) if i % 20], "validation": lines[::20]}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From rows to token ids: one dictionary per example, unpadded
+# ------------------------------------------------------------------------------------------------------------
+
+
+def encode_pairs(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
+    """One text, or two in the order of the columns, and the number of its label."""
+    columns = [[row[column] for row in rows] for column in rows[0] if column != "label"]
     encoded = tokenizer(*columns, truncation=True, max_length=max_length)
     return [{key: values[i] for key, values in encoded.items()} | {"labels": labels.index(row["label"])}
             for i, row in enumerate(rows)]
 
 
-@torch.inference_mode()
-def accuracy(model: nn.Module, examples: list[dict], collate: Callable, autocast: Callable) -> float:
-    """Percent of examples classified right, computed in eval mode in batches of similar length."""
-    model.eval()
-    by_length = sorted(examples, key=lambda example: len(example["input_ids"]))
-    right = 0
-    for start in range(0, len(by_length), 64):
-        batch = collate(by_length[start : start + 64])
-        with autocast():
-            right += (model(**batch).logits.argmax(-1) == batch["labels"]).sum().item()
-    return 100 * right / len(examples)
+def encode_choices(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
+    """Premise and question with each choice: two sequences an example, one score each."""
+    premises = [f"{row['premise']} What was the {row['question']}?" for row in rows]
+    encoded = [tokenizer(premises, [row[choice] for row in rows], truncation=True, max_length=max_length)
+               for choice in ("choice1", "choice2")]
+    return [{key: [choice[key][i] for choice in encoded] for key in encoded[0]}
+            | {"labels": labels.index(row["label"])} for i, row in enumerate(rows)]
 
 
-def read_text(path: Path, tokenizer, length: int) -> torch.Tensor:
-    """The tokens of a text file in sequences [N, length]: lines joined by the separator, the rest dropped."""
+def encode_spans(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
+    """Question and context, a long context in windows that overlap by 128 tokens (the stride).
+
+    `offsets` [T, 2] has the characters of the context that a token covers, -1 elsewhere; `row` the question's
+    number. A window without the whole of the first answer has start and end at its first token.
+    """
+    examples = []
+    for number, row in enumerate(rows):
+        question = tokenizer(row["question"].strip(), add_special_tokens=False, truncation=True,
+                             max_length=max_length // 4, return_offsets_mapping=True)["offset_mapping"]
+        question = row["question"].strip()[: question[-1][1] if question else 0]  # leaves room for the context
+        windows = tokenizer(question, row["context"], truncation="only_second", max_length=max_length,
+                            stride=min(128, max_length // 3), return_overflowing_tokens=True,
+                            return_offsets_mapping=True)
+        count = len(windows["input_ids"])
+        for i in range(count):
+            offsets = torch.tensor(windows["offset_mapping"][i], dtype=torch.int32)
+            outside = torch.tensor([sequence != 1 for sequence in windows.sequence_ids(i)])
+            offsets[outside] = -1
+            covered = (0 if i == 0 else offsets[~outside][0, 0].item(),
+                       len(row["context"]) if i == count - 1 else offsets[~outside][-1, 1].item())
+            first, last = answer_tokens(offsets, row, covered)
+            examples.append({key: windows[key][i] for key in tokenizer.model_input_names if key in windows} | {
+                "start_positions": first, "end_positions": last, "row": number, "offsets": offsets})
+    return examples
+
+
+def answer_tokens(offsets: torch.Tensor, row: dict, covered: tuple[int, int]) -> tuple[int, int]:
+    """The first and the last token that share a character with the first answer; 0, 0 if it is not all here."""
+    text, start = row["answers"]["text"][0], row["answers"]["answer_start"][0]
+    end = start + len(text)
+    shared = ((offsets[:, 1] > start) & (offsets[:, 0] < end)).nonzero()
+    is_there = row["context"][max(start, 0) : end] == text and covered[0] <= start and end <= covered[1]
+    return (shared[0].item(), shared[-1].item()) if is_there and len(shared) else (0, 0)
+
+
+def stripped(context: str, start: int, end: int) -> tuple[int, str]:
+    """The text between two characters without the white space around it, and where it starts."""
+    text = context[start:end]
+    return start + len(text) - len(text.lstrip()), text.strip()
+
+
+def unreachable(rows: list[dict], examples: list[dict]) -> tuple[int, int]:
+    """How many first answers are in no window (or not at their answer_start), and how many are in one but begin
+    or end inside a token, so that no span of tokens is exactly the answer."""
+    best = {}
+    for example in examples:
+        first, last = example["start_positions"], example["end_positions"]
+        if first:
+            row, offsets = rows[example["row"]], example["offsets"]
+            _, text = stripped(row["context"], offsets[first, 0].item(), offsets[last, 1].item())
+            exact = text == row["answers"]["text"][0].strip()
+            best[example["row"]] = best.get(example["row"], False) or exact
+    return len(rows) - len(best), sum(not exact for exact in best.values())
+
+
+def encode_text(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
+    """All lines, joined by the separator, in sequences of exactly `max_length` tokens; the rest is dropped."""
     if tokenizer.mask_token_id is None:
         raise UserError("the tokenizer of --model has no mask token: masked-language modelling needs one")
-    tokens, inner = array("i"), length - 2  # a sequence begins and ends with a special token
+    tokens, inner = array("i"), max_length - 2  # a sequence begins and ends with a special token
+    for row in rows:
+        tokens.extend(tokenizer(row["text"].strip(), add_special_tokens=False, verbose=False)["input_ids"])
+        tokens.append(tokenizer.sep_token_id)
+    if len(tokens) < inner:
+        raise UserError(f"--data has too little text: {len(rows)} of its lines have {len(tokens)} tokens, and one "
+                        f"sequence takes {inner}; each twentieth line is held out; lower --max-length")
+    return [{"input_ids": [tokenizer.cls_token_id, *tokens[start : start + inner], tokenizer.sep_token_id]}
+            for start in range(0, len(tokens) - inner + 1, inner)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Outputs and scores
+# ------------------------------------------------------------------------------------------------------------
+
+
+def class_logits(model: nn.Module, batch: dict) -> torch.Tensor:
+    return model(**batch).logits  # [B, C]
+
+
+def span_logits(model: nn.Module, batch: dict) -> torch.Tensor:
+    output = model(**batch)
+    return torch.stack([output.start_logits, output.end_logits], dim=1)  # [B, 2, T]
+
+
+def masked_tokens(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss [M] and correctness [M] of every masked token and its row [M]; no logits of any other token."""
+    head = model.lm_head if hasattr(model, "lm_head") else model.cls
+    hidden, masked = model.base_model(batch["input_ids"])[0], batch["labels"] != -100  # [B, T, H]
+    logits, labels = head(hidden[masked]).float(), batch["labels"][masked]  # [M, V], [M]
+    loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+    return loss, logits.argmax(-1) == labels, masked.nonzero()[:, 0]
+
+
+def masked_sums(model: nn.Module, batch: dict) -> torch.Tensor:
+    """Of every sequence: the sum of losses, the number of tokens guessed right, the number of masked tokens."""
+    loss, right, row = masked_tokens(model, batch)
+    values = torch.stack([loss, right, torch.ones_like(loss)], dim=1)  # [M, 3]
+    return torch.zeros(len(batch["labels"]), 3, device=loss.device).index_add(0, row, values)  # [B, 3]
+
+
+def model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    return model(**batch).loss
+
+
+def masked_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    """The model's own masked-LM loss, in a hundredth of the memory."""
+    return masked_tokens(model, batch)[0].mean()
+
+
+@torch.inference_mode()
+def predict(task, model: nn.Module, examples: list[dict], collate: Callable, autocast: Callable,
+            tokens: int = 8192) -> list[torch.Tensor]:
+    """What `task.forward` gives for each example, in their order, computed in eval mode in batches of examples of
+    similar length with at most `tokens` tokens, padding included. Leaves the global random numbers alone."""
+    model.eval()
+    cost = [len(ids) if isinstance(ids[0], int) else len(ids) * max(map(len, ids))
+            for ids in (example["input_ids"] for example in examples)]
+    order = sorted(range(len(examples)), key=cost.__getitem__, reverse=True)
+    outputs = [None] * len(examples)
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices), autocast():
+        torch.manual_seed(0)  # the same masks each time
+        while order:
+            size = max(1, tokens // cost[order[0]])
+            chosen, order = order[:size], order[size:]
+            batch = task.forward(model, collate([examples[i] for i in chosen])).float().cpu()
+            for i, output in zip(chosen, batch):
+                outputs[i] = output
+    return outputs
+
+
+def accuracy(rows: list[dict], examples: list[dict], outputs: list, language: str, labels: list) -> tuple:
+    predicted = [output.argmax().item() for output in outputs]
+    right = [label == example["labels"] for label, example in zip(predicted, examples)]
+    return {"accuracy": 100 * mean(right)}, [{"label": labels[label]} for label in predicted]
+
+
+def answers(rows: list[dict], examples: list[dict], outputs: list, language: str, labels: list,
+            rules: dict) -> tuple:
+    """The best span over all windows of a question, scored by each of these rules."""
+    best = [(-math.inf, 0, "")] * len(rows)
+    for example, logits in zip(examples, outputs):
+        number = example["row"]
+        found = best_span(rows[number]["context"], example["offsets"], logits)
+        best[number] = max(best[number], found, key=lambda span: span[0])
+    scores = {}
+    for suffix, words in rules.items():
+        pairs = [[word_overlap(words(text, language), words(gold, language)) for gold in row["answers"]["text"]]
+                 for (_, _, text), row in zip(best, rows)]
+        scores |= {f"f1{suffix}": 100 * mean(max(f1 for f1, _ in golds) for golds in pairs),
+                   f"em{suffix}": 100 * mean(max(same for _, same in golds) for golds in pairs)}
+    return scores, [{"id": row["id"], "text": text, "answer_start": start}
+                    for (_, start, text), row in zip(best, rows)]
+
+
+def best_span(context: str, offsets: torch.Tensor, logits: torch.Tensor) -> tuple[float, int, str]:
+    """Score, first character and text of the likeliest of the 20 best starts by the 20 best ends, in tokens of
+    the context alone and of at most 30 tokens; score -inf and an empty text if there is none."""
+    logits = logits[:, : len(offsets)].masked_fill(offsets[:, 0] < 0, -math.inf)  # [2, T]
+    (start_score, end_score), (start, end) = logits.topk(min(20, logits.shape[1]))  # [2, 20] each
+    score = start_score[:, None] + end_score  # [20, 20]
+    length = end - start[:, None] + 1
+    score[(length < 1) | (length > 30)] = -math.inf
+    i, j = divmod(score.argmax().item(), score.shape[1])
+    if score[i, j] == -math.inf:
+        return -math.inf, 0, ""
+    return score[i, j].item(), *stripped(context, offsets[start[i], 0].item(), offsets[end[j], 1].item())
+
+
+def squad_words(text: str, language: str) -> list[str]:
+    """An answer's words by SQuAD v1.1's rules, Chinese by character: how the paper scores XQuAD and MLQA."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return characters(text) if language == "zh" else re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+ARTICLES = {
+    "en": r"\b(a|an|the)\b",
+    "es": r"\b(un|una|unos|unas|el|la|los|las)\b",
+    "de": r"\b(ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des)\b",
+    "vi": r"\b(của|là|cái|chiếc|những)\b",
+    "ar": "\\sال^|ال",  # as published: it takes every ال, also inside a word
+}
+
+
+def mlqa_words(text: str, language: str) -> list[str]:
+    """An answer's words by MLQA's own rules: all punctuation goes, then the language's articles."""
+    text = "".join(character for character in text.lower() if not is_punctuation(character))
+    if language in ARTICLES:
+        text = re.sub(ARTICLES[language], " ", text)
+    return characters(text) if language == "zh" else text.split()
+
+
+def is_punctuation(character: str) -> bool:
+    return character in string.punctuation or unicodedata.category(character).startswith("P")
+
+
+def characters(text: str) -> list[str]:
+    """Each Chinese character and each punctuation mark by itself, the rest split at white space."""
+    return "".join(f" {character} " if "\u4e00" <= character <= "\u9fa5" or is_punctuation(character)
+                   else character for character in text).split()
+
+
+def word_overlap(predicted: list[str], gold: list[str]) -> tuple[float, bool]:
+    """F1 over the two multisets of words, 0 if they share none (two empty answers too), and equality."""
+    shared = sum((Counter(predicted) & Counter(gold)).values())
+    return 2 * shared / (len(predicted) + len(gold)) if shared else 0.0, predicted == gold
+
+
+def masked_scores(rows: list[dict], examples: list[dict], outputs: list, language: str, labels: list) -> tuple:
+    """Percent of masked tokens guessed right, and their mean loss in nats."""
+    loss, right, masked = torch.stack(outputs).sum(0).tolist()
+    return {"accuracy": 100 * right / masked, "loss": loss / masked}, []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The tasks
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    columns: tuple[str, ...]
+    languages: tuple[str, ...] | None  # those the paper tests, English first; None: every test file there is
+    head: type
+    collator: type
+    encode: Callable  # (rows, tokenizer, max_length, labels) -> examples
+    forward: Callable  # (model, batch) -> outputs [B, …]
+    score: Callable  # (rows, examples, outputs, language, labels) -> ({metric: percent}, predictions)
+    loss: Callable = model_loss  # (model, batch) -> loss to minimise
+    max_length: int = 128
+    hub: dict = field(default_factory=dict)  # by split: owner/name/config/split, {} stands for the language
+    training_set: str | None = None  # the paper's name of it, a key of PRESETS
+    values: dict = field(default_factory=dict)  # by column: what it may hold; labels otherwise from training
+    other_languages: tuple[str, ...] = ()  # on the hub, but not tested in the paper
+    optional_columns: tuple[str, ...] = ()  # used where the training file has them
+
+
+SQUAD = {"train": "rajpurkar/squad/plain_text/train", "validation": "rajpurkar/squad/plain_text/validation"}
+COPA = {"train": "aps/super_glue/copa/train", "validation": "aps/super_glue/copa/validation"}
+
+TASKS = {
+    "xnli": Task(
+        ("premise", "hypothesis", "label"), values={"label": (0, 1, 2)}, training_set="mnli",
+        languages=("en", "ar", "de", "el", "es", "hi", "ru", "sw", "th", "tr", "vi", "zh"),
+        other_languages=("bg", "fr", "ur"),  # no language adapter for XLM-R
+        hub={"train": "facebook/xnli/en/train", "validation": "facebook/xnli/en/validation",
+             "test": "facebook/xnli/{}/test"},
+        head=AutoModelForSequenceClassification, collator=DataCollatorWithPadding,
+        encode=encode_pairs, forward=class_logits, score=accuracy),
+    "xquad": Task(
+        ("id", "context", "question", "answers"), training_set="squad", max_length=384,
+        languages=("en", "ar", "de", "el", "es", "hi", "ru", "th", "tr", "vi", "zh"), other_languages=("ro",),
+        hub=SQUAD | {"test": "google/xquad/xquad.{}/validation"},  # the name of its only split
+        head=AutoModelForQuestionAnswering, collator=DataCollatorWithPadding,
+        encode=encode_spans, forward=span_logits, score=partial(answers, rules={"": squad_words})),
+    "mlqa": Task(
+        ("id", "context", "question", "answers"), training_set="squad", max_length=384,
+        languages=("en", "ar", "de", "es", "hi", "vi", "zh"),
+        hub=SQUAD | {"test": "facebook/mlqa/mlqa.{0}.{0}/test"},
+        head=AutoModelForQuestionAnswering, collator=DataCollatorWithPadding,
+        encode=encode_spans, forward=span_logits,
+        score=partial(answers, rules={"": squad_words, "_mlqa": mlqa_words})),
+    "xcopa": Task(
+        ("premise", "choice1", "choice2", "question", "label"), training_set="copa",
+        values={"label": (0, 1), "question": ("cause", "effect")},
+        languages=("en", "et", "ht", "id", "it", "qu", "sw", "ta", "th", "tr", "vi", "zh"),
+        hub=COPA | {"test": "cambridgeltl/xcopa/{}/test"},
+        head=AutoModelForMultipleChoice, collator=DataCollatorForMultipleChoice,
+        encode=encode_choices, forward=class_logits, score=accuracy),
+    "classify": Task(  # any classification task on one text or a pair
+        ("text", "label"), languages=None, optional_columns=("text_pair",),
+        head=AutoModelForSequenceClassification, collator=DataCollatorWithPadding,
+        encode=encode_pairs, forward=class_logits, score=accuracy),
+    "mlm": Task(  # a language adapter (MAD-X, section 3)
+        ("text",), languages=(), max_length=512,
+        head=AutoModelForMaskedLM, collator=DataCollatorForLanguageModeling,
+        encode=encode_text, forward=masked_sums, score=masked_scores, loss=masked_loss),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model and language adapters
+# ------------------------------------------------------------------------------------------------------------
+
+
+def load_model(settings, labels: list):
+    """Tokenizer, model with the task's head, and its blocks; weights come from safetensors only."""
+    folder, head, config = Path(settings.model), TASKS[settings.task].head, {}
+    if folder.is_dir() and not list(folder.glob("model*.safetensors")):
+        raise UserError(f"model folder {folder} has no weights: put model.safetensors beside its config.json")
+    if head is AutoModelForSequenceClassification:
+        names = [str(label) for label in labels]
+        config = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     try:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                tokens.extend(tokenizer(line.strip(), add_special_tokens=False, verbose=False)["input_ids"])
-                tokens.append(tokenizer.sep_token_id)
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8: --data takes a plain text file") from None
-    if len(tokens) < 2 * inner:
-        raise UserError(f"{path} has {len(tokens)} tokens: two sequences of --max-length need {2 * inner}")
-    rows = torch.tensor(tokens)[: len(tokens) // inner * inner].view(-1, inner)
-    first = torch.full_like(rows[:, :1], tokenizer.cls_token_id)
-    last = torch.full_like(rows[:, :1], tokenizer.sep_token_id)
-    return torch.cat([first, rows, last], dim=1).long()  # [N, length - 2] -> [N, length]
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        model = head.from_pretrained(settings.model, use_safetensors=True, **config)
+        blocks = add_blocks(settings, model)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot load model {settings.model!r} ({reason}): --model takes a folder with "
+                        "config.json, model.safetensors and a tokenizer, or a hub name") from None
+    positions = model.config.max_position_embeddings - (2 if "roberta" in model.config.model_type else 0)
+    length = settings.max_length or TASKS[settings.task].max_length
+    if length > positions:
+        raise UserError(f"--max-length {length} is more than the model's {positions} positions")
+    return tokenizer, model, blocks
+
+
+def add_blocks(settings, model: nn.Module) -> list[nn.Module]:
+    """What trains beside the head, bottom to top; with --method full there are no blocks, and all trains."""
+    if settings.method == "full":
+        return []
+    if settings.task != "mlm":
+        return add_lora(model) if settings.adapter == "lora" else add_task_adapters(model)
+    blocks = add_language_adapter(model, settings.language)
+    set_language(model, settings.language)
+    return [block.requires_grad_(True) for block in blocks]
+
+
+def load_language_adapters(settings, model: nn.Module, languages: list[str]) -> dict:
+    """Load the language adapters, English first; returns by language the one to stack (None: no adapter)."""
+    source, is_hub = settings.language_adapters, settings.language_adapters == "auto"
+    if source == "none" or settings.method == "full" or (is_hub and Path(settings.model).is_dir()):
+        return dict.fromkeys(languages)
+    stacked = {}
+    for language in languages:
+        place = Path(source, language)
+        if is_hub:
+            place = f"AdapterHub/{Path(settings.model).name}-{language}-wiki_pfeiffer"
+        try:
+            add_language_adapter(model, language, place)
+            stacked[language] = language
+        except ValueError as error:
+            raise UserError(f"--language-adapters {source}: {error}") from None
+        except FileNotFoundError as error:
+            if not is_hub and (place.is_dir() or language == "en"):  # the task adapter trains above English
+                raise UserError(f"--language-adapters {source}: {error}") from None
+            if language == "en":
+                return dict.fromkeys(languages)
+            stacked[language] = "en"
+    if stacked:
+        set_language(model, "en")
+    return stacked
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The paper's presets and results
+# ------------------------------------------------------------------------------------------------------------
+
+# Epochs and learning rate (standard, scheduled), batch size, decay, k (LPFT, GU, FUN); others take GU's k.
+PRESETS = {
+    ("squad", "bert", "pfeiffer"): ((5, 5), (5e-4, 5e-4), 32, "linear", (800, 800, 800)),  # Table 3
+    ("squad", "xlm-roberta", "pfeiffer"): ((15, 15), (2e-4, 5e-4), 32, "linear", (800, 800, 100)),
+    ("copa", "bert", "pfeiffer"): ((500, 5000), (1e-4, 1e-5), 64, "constant", (800, 50, 50)),
+    ("copa", "xlm-roberta", "pfeiffer"): ((500, 5000), (1e-4, 1e-5), 64, "constant", (800, 1000, 1000)),
+    ("mnli", "bert", "pfeiffer"): ((15, 15), (5e-4, 5e-4), 128, "linear", (25, 800, 50)),
+    ("mnli", "xlm-roberta", "pfeiffer"): ((15, 15), (5e-4, 5e-4), 128, "linear", (800, 800, 800)),
+    ("squad", "bert", "lora"): ((5, 5), (5e-4, 8e-4), 32, "linear", (800, 800, 800)),  # Table 15; no LPFT there
+    ("squad", "xlm-roberta", "lora"): ((15, 15), (5e-4, 5e-4), 32, "linear", (800, 800, 800)),
+    ("copa", "bert", "lora"): ((500, 5000), (1e-4, 1e-4), 64, "constant", (50, 50, 100)),
+    ("copa", "xlm-roberta", "lora"): ((500, 5000), (1e-4, 1e-4), 64, "constant", (100, 100, 200)),
+    ("mnli", "bert", "lora"): ((15, 15), (5e-4, 5e-4), 128, "linear", (50, 50, 50)),
+    ("mnli", "xlm-roberta", "lora"): ((15, 15), (5e-4, 5e-4), 128, "linear", (800, 800, 800)),
+    ("classify", "xlm-roberta", "pfeiffer"): ((3, 3), (8e-4, 8e-4), 32, "linear", None),  # not the paper's
+    ("mlm", "xlm-roberta", "pfeiffer"): ((100, 100), (1e-4, 1e-4), 64, "linear", (1, 1, 1)),
+}
+LOW_DATA = {  # Table 4, for up to 1,000, 5,000 and 10,000 training examples: epochs, learning rate, k
+    ("squad", "bert"): (20, 5e-4, (10, 50, 50)),
+    ("squad", "xlm-roberta"): (20, 5e-4, (10, 50, 50)),
+    ("mnli", "bert"): (50, 5e-4, (1, 25, 25)),
+    ("mnli", "xlm-roberta"): (50, 5e-4, (1, 25, 10)),
+}
+FULL_LR = 2e-5  # of --method full; not in the paper's tables
+
+
+def resolve(settings, model_type: str, layers: int, train_examples: int, sequences: int):
+    """The settings with the preset of task, model, adapter, method and amount of data in place of None.
+
+    Low data has the same preset for both kinds of adapter. Where there is no k, opening all blocks takes a fifth
+    of the steps (kL/N = 0.2). Of other models than mBERT's kind, XLM-R's preset is taken.
+    """
+    training_set = TASKS[settings.task].training_set or settings.task
+    model_type = "bert" if model_type == "bert" else "xlm-roberta"
+    keys = ((training_set, model_type, settings.adapter), (training_set, "xlm-roberta", "pfeiffer"))
+    row = next(PRESETS[key] for key in keys if key in PRESETS)
+    scheduled = settings.method not in ("standard", "none", "full")
+    epochs, lr, batch_size, decay, k = row[0][scheduled], row[1][scheduled], *row[2:]
+    k = k and k[{"lpft": 0, "fun": 2}.get(settings.method, 1)]
+    if (training_set, model_type) in LOW_DATA and train_examples <= 10_000:
+        epochs, lr, by_size = LOW_DATA[training_set, model_type]
+        k = by_size[(train_examples > 1_000) + (train_examples > 5_000)]
+    lr = FULL_LR if settings.method == "full" else lr
+    batch_size = settings.batch_size or batch_size
+    epochs = None if settings.steps is not None else settings.epochs or epochs
+    steps = epochs * math.ceil(sequences / batch_size) if settings.steps is None else settings.steps
+    fisher_every = {"classify": 0, "mlm": 0, "copa": 50}.get(training_set, 100)  # a point of the paper's curves
+    return dataclasses.replace(
+        settings, epochs=epochs, steps=steps, batch_size=batch_size, lr=settings.lr or lr,
+        decay=settings.decay or decay, k=settings.k or k or max(1, round(0.2 * steps / max(1, layers))),
+        max_length=settings.max_length or TASKS[settings.task].max_length,
+        fisher_every=fisher_every if settings.fisher_every is None else settings.fisher_every)
+
+
+# Mean over the target languages, 4 seeds: MLQA F1 and EM, XQuAD F1 and EM, XCOPA, XNLI.
+PAPER = {
+    ("bert", "none", "full"): "56.85 - 63.33 - 53.39 63.60",
+    ("bert", "pfeiffer", "standard"): "55.40±0.94 37.07±0.72 60.63±1.04 43.90±0.85 53.99±0.49 57.78±1.68",
+    ("bert", "pfeiffer", "rand"): "55.93±0.21 37.54±0.31 61.68±0.33 47.42±0.55 53.84±0.71 59.87±0.96",
+    ("bert", "pfeiffer", "gu"): "57.37±0.32 38.27±0.27 63.48±0.22 46.76±0.44 54.29±0.60 61.67±1.04",
+    ("bert", "pfeiffer", "fun"): "57.33±0.51 38.29±0.63 63.25±0.26 49.09±0.48 53.98±0.64 61.36±0.51",
+    ("bert", "pfeiffer", "rev"): "49.09 - 53.43 - - 55.67",
+    ("xlm-roberta", "none", "full"): "62.59 - 71.98 - 54.99 73.43",
+    ("xlm-roberta", "pfeiffer", "standard"): "61.31±0.46 42.10±0.42 70.09±0.60 53.77±0.40 55.93±1.58 73.31±0.44",
+    ("xlm-roberta", "pfeiffer", "rand"): "61.36±1.69 41.59±1.96 69.99±1.47 52.06±2.04 57.05±0.42 72.68±0.56",
+    ("xlm-roberta", "pfeiffer", "gu"): "63.47±0.12 43.55±0.11 73.04±0.22 55.93±0.15 58.24±1.11 73.44±0.24",
+    ("xlm-roberta", "pfeiffer", "fun"): "63.10±0.79 43.37±0.51 72.34±0.40 55.21±0.63 58.11±0.94 73.13±0.53",
+    ("xlm-roberta", "pfeiffer", "rev"): "57.59 - 65.44 - - 72.50",
+    ("bert", "lora", "standard"): "55.55 - 61.53 - 53.43 65.27",
+    ("bert", "lora", "gu"): "56.52 - 63.12 - 54.67 65.33",
+    ("bert", "lora", "fun"): "56.65 - 62.92 - - 65.32",
+    ("xlm-roberta", "lora", "standard"): "59.40 - 68.92 - 55.46 72.98",
+    ("xlm-roberta", "lora", "gu"): "63.11 - 72.27 - 55.07 73.43",
+    ("xlm-roberta", "lora", "fun"): "62.62 - 72.13 - - 73.65",
+}
+PAPER_LOW_DATA = {  # XLM-R with bottleneck adapters: standard, GU, FUN
+    ("xnli", "accuracy", 1_000): "52.75 52.86 52.29", ("xquad", "f1", 1_000): "44.11 48.42 47.67",
+    ("xnli", "accuracy", 5_000): "64.22 64.15 64.10", ("xquad", "f1", 5_000): "57.20 59.88 60.72",
+    ("xnli", "accuracy", 10_000): "65.80 65.91 66.26", ("xquad", "f1", 10_000): "61.75 65.28 65.16",
+}
+TRAINING_SIZES = {"mnli": 392_702, "squad": 87_599, "copa": 400}
+
+
+def paper_figure(run: dict, metric: str) -> str:
+    """The paper's mean over the target languages for a run's task, model, adapter and method, "-" if it has none.
+    Other models than mBERT are held against XLM-R, other amounts than Table 4's against all of the data."""
+    task, method, examples = run["task"], run["method"], run.get("train_examples")
+    model = "bert" if "bert-base-multilingual" in run["model"] else "xlm-roberta"
+    columns = [("mlqa", "f1"), ("mlqa", "em"), ("xquad", "f1"), ("xquad", "em"), ("xcopa", "accuracy"),
+               ("xnli", "accuracy")]
+    if (model, run["adapter"]) == ("xlm-roberta", "pfeiffer") and (task, metric, examples) in PAPER_LOW_DATA:
+        row = dict(zip(("standard", "gu", "fun"), PAPER_LOW_DATA[task, metric, examples].split()))
+        return row.get(method, "-")
+    row = PAPER.get((model, "none" if method == "full" else run["adapter"], method))
+    return row.split()[columns.index((task, metric))] if row and (task, metric) in columns else "-"
+
+
+def is_papers_setting(run: dict) -> bool:
+    """Whether a run has a model and an amount of training data that the paper gives figures for."""
+    sizes = (None, 1_000, 5_000, 10_000, TRAINING_SIZES.get(TASKS[run["task"]].training_set))
+    return run.get("train_examples") in sizes and Path(run["model"]).name in (
+        "xlm-roberta-base", "bert-base-multilingual-cased")

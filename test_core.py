@@ -5,11 +5,15 @@ examples, AdapterHub's library frozen into files (in ../shared, if present), and
 """
 
 import copy
+import dataclasses
 import hashlib
+import importlib.util
 import itertools
 import json
+import math
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -21,7 +25,9 @@ import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -1219,7 +1225,8 @@ def outcome(out: Path) -> dict:
     files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert sorted(files) == [
         "adapter/adapter_config.json", "adapter/pytorch_adapter.bin", "head/head_config.json",
-        "head/pytorch_model_head.bin", "log.jsonl", "results.json"]
+        "head/pytorch_model_head.bin", "log.jsonl",
+        *(f"predictions/{language}.jsonl" for language in sorted(results["scores"])), "results.json"]
     return files | {"results.json": results}
 
 
@@ -1271,23 +1278,32 @@ def test_the_task_is_learnt_and_the_best_validation_weights_are_the_ones_kept(as
     assert results["scores"]["en"]["accuracy"] == 100
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     validation = [event["accuracy"] for event in log if event.get("split") == "validation"]
-    assert results["validation"]["accuracy"] == max(validation) and len(validation) == 25
+    assert results["validation"]["accuracy"] == max(validation) and len(validation) == 4  # at 0, 54, 108
 
 
-def test_accuracy_equals_a_loop_over_single_examples(assets):
+def no_autocast():
+    return torch.autocast("cpu", enabled=False)
+
+
+@pytest.mark.parametrize("tokens", [1, 30, 10_000])
+def test_predictions_in_batches_by_length_equal_a_loop_over_single_examples_in_their_order(tokens, assets):
     settings = unfreeze.parse(command(assets, Path("none")))
-    splits, texts, labels = tasks.load_data(settings)
-    tokenizer, model, blocks = unfreeze.load_model(
-        settings, transformers.AutoModelForSequenceClassification, add_task_adapters, num_labels=len(labels))
+    splits, labels = tasks.load_data(settings)
+    tokenizer, model, blocks = tasks.load_model(settings, labels)
     randomise(blocks)
-    examples = tasks.encode(splits["train"], texts, labels, tokenizer, 20)
+    task, rows, state = tasks.TASKS["classify"], splits["train"], torch.get_rng_state()
+    examples = task.encode(rows, tokenizer, 20, labels)
+    assert len({len(example["input_ids"]) for example in examples}) > 1
     pad = transformers.DataCollatorWithPadding(tokenizer)
-    right = 0
-    for row in splits["train"]:
-        logits = model.eval()(**tokenizer(row["text"], return_tensors="pt")).logits
-        right += sorted({row["label"] for row in splits["train"]})[logits.argmax()] == row["label"]
-    assert tasks.accuracy(model, examples, pad, lambda: torch.autocast("cpu", enabled=False)) == \
-        pytest.approx(100 * right / 42)
+    outputs = tasks.predict(task, model.train(), examples, pad, no_autocast, tokens)
+    singly = [model(**tokenizer(row["text"], return_tensors="pt")).logits[0] for row in rows]
+    torch.testing.assert_close(torch.stack(outputs), torch.stack(singly), rtol=1e-5, atol=1e-6)
+    scores, predictions = tasks.accuracy(rows, examples, outputs, "en", labels)
+    names = [["animal", "colour"][logits.argmax()] for logits in singly]
+    assert [prediction["label"] for prediction in predictions] == names
+    right = sum(row["label"] == name for row, name in zip(rows, names))
+    assert scores == {"accuracy": pytest.approx(100 * right / 42)}
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_an_epoch_holds_every_example_once_in_an_order_of_its_own():
@@ -1317,41 +1333,164 @@ def test_a_sample_keeps_the_order_and_is_the_same_for_the_same_seed():
     assert picked[0][-1] > 50 and tasks.sample(rows, None, 3) == tasks.sample(rows, 500, 3) == rows
 
 
-@pytest.mark.parametrize("decay, last", [("linear", 0.0), ("constant", 0.01)])
-def test_the_learning_rate_falls_linearly_to_zero_or_stays(decay, last, assets, tmp_path):
+@pytest.mark.parametrize("count", [1, 7, 10, 33, 99, 100])
+def test_a_stratified_sample_holds_every_label_in_its_share(count):
+    rows = [{"label": label, "number": number} for number, label in enumerate("a" * 60 + "b" * 30 + "c" * 10)]
+    picked = [tasks.sample(rows, count, seed, stratified=True) for seed in (0, 0, 1)]
+    assert picked[0] == picked[1] and (picked[0] != picked[2] or count == 100)
+    for rows_ in picked:
+        numbers = [row["number"] for row in rows_]
+        assert len(numbers) == count and numbers == sorted(set(numbers))
+        for label, share in (("a", 0.6), ("b", 0.3), ("c", 0.1)):
+            assert abs(sum(row["label"] == label for row in rows_) - share * count) < 1
+
+
+TABLES = """
+# task, model, adapter, examples; epochs; lr standard, lr scheduled; batch; decay; k of LPFT, GU, FUN
+xquad bert        pfeiffer 87599  5   5    5e-4 5e-4 32  linear   800 800  800
+mlqa  xlm-roberta pfeiffer 87599  15  15   2e-4 5e-4 32  linear   800 800  100
+xcopa bert        pfeiffer 400    500 5000 1e-4 1e-5 64  constant 800 50   50
+xcopa xlm-roberta pfeiffer 400    500 5000 1e-4 1e-5 64  constant 800 1000 1000
+xnli  bert        pfeiffer 392702 15  15   5e-4 5e-4 128 linear   25  800  50
+xnli  xlm-roberta pfeiffer 392702 15  15   5e-4 5e-4 128 linear   800 800  800
+mlqa  bert        lora     87599  5   5    5e-4 8e-4 32  linear   -   800  800
+xquad xlm-roberta lora     87599  15  15   5e-4 5e-4 32  linear   -   800  800
+xcopa bert        lora     400    500 5000 1e-4 1e-4 64  constant -   50   100
+xcopa xlm-roberta lora     400    500 5000 1e-4 1e-4 64  constant -   100  200
+xnli  bert        lora     392702 15  15   5e-4 5e-4 128 linear   -   50   50
+xnli  xlm-roberta lora     392702 15  15   5e-4 5e-4 128 linear   -   800  800
+xquad bert        pfeiffer 1000   20  20   5e-4 5e-4 32  linear   -   10   10
+mlqa  xlm-roberta pfeiffer 5000   20  20   5e-4 5e-4 32  linear   -   50   50
+xquad xlm-roberta pfeiffer 10000  20  20   5e-4 5e-4 32  linear   -   50   50
+xnli  bert        pfeiffer 1000   50  50   5e-4 5e-4 128 linear   -   1    1
+xnli  bert        pfeiffer 10000  50  50   5e-4 5e-4 128 linear   -   25   25
+xnli  xlm-roberta pfeiffer 5000   50  50   5e-4 5e-4 128 linear   -   25   25
+xnli  xlm-roberta pfeiffer 10000  50  50   5e-4 5e-4 128 linear   -   10   10
+"""
+
+
+@pytest.mark.parametrize("line", TABLES.strip().splitlines()[1:])
+def test_presets_are_the_papers_tables_and_every_value_can_be_overridden(line):
+    task, model, adapter, examples, *numbers, batch_size, decay, lpft, gu, fun = line.split()
+    (epochs, scheduled_epochs), (lr, scheduled_lr) = map(int, numbers[:2]), map(float, numbers[2:])
+    examples, ks = int(examples), {"lpft": lpft, "gu": gu, "fun": fun, "rand": gu, "rev": gu, "standard": gu}
+    for method, k in ks.items():
+        settings = unfreeze.Settings(task, method=method, adapter=adapter)
+        found = tasks.resolve(settings, model, 12, examples, examples + 5)
+        assert found.epochs == (epochs if method == "standard" else scheduled_epochs)
+        assert found.lr == (lr if method == "standard" else scheduled_lr)
+        assert (found.batch_size, found.decay) == (int(batch_size), decay)
+        assert k == "-" or found.k == int(k)
+        assert found.steps == found.epochs * -(-(examples + 5) // int(batch_size))
+        assert found.max_length == (384 if task in ("xquad", "mlqa") else 128)
+        assert found.fisher_every == (50 if task == "xcopa" else 100)
+        given = {"k": 3, "lr": 0.5, "batch_size": 7, "epochs": 2, "decay": "constant", "max_length": 99,
+                 "fisher_every": 0}
+        changed = tasks.resolve(dataclasses.replace(settings, **given), model, 12, examples, examples)
+        assert given.items() <= dataclasses.asdict(changed).items()
+    full = tasks.resolve(unfreeze.Settings(task, method="full"), model, 0, examples, examples)
+    assert full.lr == 2e-5 and full.epochs == epochs
+
+
+@pytest.mark.parametrize("decay, rates", [("linear", [0.0055, 0.0005]), ("constant", [0.01, 0.01])])
+def test_the_learning_rate_falls_linearly_to_zero_or_stays(decay, rates, assets, tmp_path):
     assert unfreeze.main(command(assets, tmp_path / "run", "--decay", decay, "--steps", "20")) == 0
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    rates = [event["lr"] for event in log if event["event"] == "train"]  # after steps 10 and 20
-    assert rates == pytest.approx([(0.01 + last) / 2, last])
+    logged = [event["lr"] for event in log if event["event"] == "train"]  # of steps 9 and 19, 0 the first
+    assert logged == pytest.approx(rates)
 
 
-def test_xnli_reads_its_own_columns_and_every_preset_is_table_3(assets, tmp_path):
-    for name in ("train.en", "validation.en", "test.en", "test.sw"):
-        rows = [{"premise": "a nice cat", "hypothesis": "red", "label": i % 3} for i in range(9)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["xnli", *command(assets, tmp_path / "run", "--data", tmp_path, "--languages", "sw")[1:]]
-    assert unfreeze.main(options) == 0
-    assert list(outcome(tmp_path / "run")["results.json"]["scores"]) == ["en", "sw"]
-    for model_type, ks in (("xlm-roberta", (800, 800, 800)), ("bert", (25, 800, 50))):
-        for method, k in zip(("lpft", "gu", "fun"), ks):
-            full = unfreeze.resolve(unfreeze.Settings("xnli", method=method), model_type, 12, 392_702)
-            assert (full.k, full.epochs, full.steps, full.lr, full.batch_size) == (k, 15, 46_020, 5e-4, 128)
+def write_run(folder: Path, language_scores: dict, **facts) -> Path:
+    """A run's results.json: what the contract promises and no more."""
+    folder.mkdir(parents=True)
+    targets = [scores for language, scores in language_scores.items() if language != "en"]
+    average = {metric: sum(scores[metric] for scores in targets) / len(targets) for metric in targets[0]}
+    (folder / "results.json").write_text(json.dumps({
+        "task": "classify", "model": "m", "adapter": "pfeiffer", "method": "gu", "seed": 0, "k": 5, "steps": 9,
+        "wall_seconds": 9, "order": [[0, 1], [5, 0]], "average": average, "scores": language_scores,
+        "versions": {}} | facts))
+    return folder
+
+
+def printed_table(arguments: list, capsys) -> dict[str, list[str]]:
+    assert unfreeze.main(["report", *map(str, arguments)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert set(cells.pop(1)) <= {"-" * width for width in range(200)}  # Markdown's rule under the head
+    return {name: values for name, *values in cells}
 
 
 def test_report_prints_means_and_deviations_over_seeds_and_pairs_methods_by_seed(tmp_path, capsys):
     for method, seed, average in (("gu", 1, 42), ("gu", 0, 40), ("standard", 0, 39), ("standard", 1, 38)):
-        folder = tmp_path / f"{method}-{seed}"
-        folder.mkdir()
-        (folder / "results.json").write_text(json.dumps({
-            "task": "classify", "model": "m", "adapter": "pfeiffer", "method": method, "seed": seed,
-            "wall_seconds": 9, "order": [[0, 1], [5, 0]], "average": {"accuracy": average},
-            "scores": {language: {"accuracy": value} for language, value in
-                       (("en", 80), ("de", average + 1), ("sw", average - 1))}}))
-    assert unfreeze.main(["report", *map(str, sorted(tmp_path.iterdir()))]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| gu", "| standard"))]
-    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
-    assert cells == [["standard", "2", "80.0 ± 0.0", "38.5 ± 0.7", "-", "sw 37.5, de 39.5", "1 0", "9"],
-                     ["gu", "2", "80.0 ± 0.0", "41.0 ± 1.4", "+2.5 ± 2.1", "sw 40.0, de 42.0", "1 0", "9"]]
+        write_run(tmp_path / f"{method}-{seed}", method=method, seed=seed, language_scores={
+            "en": {"accuracy": 80}, "de": {"accuracy": average + 1}, "sw": {"accuracy": average - 1}})
+    (tmp_path / "unfinished").mkdir()
+    assert printed_table(sorted(tmp_path.iterdir()), capsys) == {
+        "": ["standard", "gu"], "seeds": ["2", "2"], "English, accuracy": ["80.0 ± 0.0", "80.0 ± 0.0"],
+        "mean of targets, accuracy": ["38.5 ± 0.7", "41.0 ± 1.4"], "over standard": ["-", "+2.5 ± 2.1"],
+        "lowest language": ["sw 37.5", "sw 40.0"], "de": ["39.5 ± 0.7", "42.0 ± 1.4"],
+        "sw": ["37.5 ± 0.7", "40.0 ± 1.4"], "opened": ["1 0", "1 0"], "seconds": ["9", "9"]}
+
+
+@pytest.mark.parametrize("model, task, facts, figures", [
+    ("FacebookAI/xlm-roberta-base", "xnli", {}, {"accuracy": "73.44±0.24"}),
+    ("bert-base-multilingual-cased", "xquad", {"method": "fun"}, {"f1": "63.25±0.26", "em": "49.09±0.48"}),
+    ("xlm-roberta-base", "mlqa", {"method": "fun", "adapter": "lora"}, {"f1": "62.62", "em": "-", "f1_mlqa": "-"}),
+    ("xlm-roberta-base", "mlqa", {"method": "full", "adapter": "none"}, {"f1": "62.59", "em": "-"}),
+    ("xlm-roberta-base", "xcopa", {"method": "rand", "train_examples": 400}, {"accuracy": "57.05±0.42"}),
+    ("xlm-roberta-base", "xcopa", {"method": "lpft"}, {"accuracy": "-"}),
+    ("xlm-roberta-base", "xquad", {"train_examples": 5000}, {"f1": "59.88", "em": "-"}),
+    ("xlm-roberta-base", "xnli", {"train_examples": 392_702}, {"accuracy": "73.44±0.24"}),
+    ("demo/model", "xnli", {"train_examples": 18_652, "method": "rev"}, {"accuracy": "72.50"}),
+])
+def test_report_sets_the_papers_figure_and_the_difference_beside_each_run(
+        model, task, facts, figures, tmp_path, capsys):
+    scores = {language: dict.fromkeys(figures, 60.0) for language in ("en", "de")}
+    run = write_run(tmp_path / "run", scores, model=model, task=task, **facts)
+    rows = printed_table([run], capsys)
+    metric, figure = next(iter(figures.items()))
+    if figure == "-":
+        assert not any(name.startswith("the paper's") for name in rows)
+        return
+    name = next(name for name in rows if name.startswith("the paper's"))
+    assert ("another model" in name) == (model == "demo/model")
+    assert [tasks.paper_figure({"task": task, "model": model, "adapter": "pfeiffer", "method": "gu"} | facts, key)
+            for key in figures] == list(figures.values())
+    if len([value for value in figures.values() if value != "-"]) == 1:
+        assert rows[name] == [figure]
+        assert rows["difference"] == [f"{60 - float(figure.split('±')[0]):+.1f}"]
+
+
+@pytest.mark.parametrize("change", [
+    "", "[]", "{}", {"scores": {}}, {"scores": {"de": {"accuracy": 1}}}, {"average": None}, {"order": [3]},
+    {"scores": {"en": {"accuracy": "high"}}}, {"method": "top"}, {"seed": "x"}, {"task": "xnly"}, {"wall_seconds": None},
+    {"scores": {"en": {"accuracy": 1}, "de": {"f1": 1}}}, {"order": [["a", "b"]]}, {"train_examples": []}])
+def test_report_on_a_damaged_run_is_one_line(change, tmp_path, capsys):
+    run = write_run(tmp_path / "run", {"en": {"accuracy": 80}, "de": {"accuracy": 40}})
+    path = run / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change) if isinstance(change, dict) else change)
+    before = path.read_bytes()
+    assert unfreeze.main(["report", str(run)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "results.json is damaged" in error and "\n" not in error
+    assert path.read_bytes() == before
+    assert unfreeze.main(["report", str(tmp_path)]) == 2 and "no finished run" in capsys.readouterr().err
+    assert unfreeze.main(["report"]) == 2 and "FOLDER" in capsys.readouterr().err
+
+
+def test_plots_show_curves_orders_and_scores(assets, tmp_path, capsys):
+    runs = []
+    for method in ("gu", "standard"):
+        runs.append(str(tmp_path / method))
+        assert unfreeze.main(command(assets, tmp_path / method, "--method", method)) == 0
+    runs.append(str(write_run(tmp_path / "without a log", {"en": {"accuracy": 80}, "de": {"accuracy": 40}})))
+    target = tmp_path / "curves.png"
+    status = unfreeze.main(["report", *runs, "--plot", str(target)])
+    if importlib.util.find_spec("matplotlib") is None:
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert status == 2 and error == "error: --plot needs matplotlib: pip install matplotlib"
+    else:
+        assert status == 0 and target.read_bytes().startswith(b"\x89PNG") and len(target.read_bytes()) > 20_000
 
 
 def spoil(name: str, content: str | None):
@@ -1369,7 +1508,7 @@ BAD_INPUTS = {
     "unknown task": (["xnly"], None, "invalid choice: 'xnly'"),
     "unknown method": (["--method", "top"], None, "invalid choice: 'top'"),
     "unknown option": (["--learning-rate", "1"], None, "unrecognized arguments: --learning-rate"),
-    "unknown language": (["--languages", "de,xx"], None, "no file test.xx.jsonl in"),
+    "unknown language": (["--languages", "de,xx"], None, "classify has no language 'xx' in"),
     "k 0": (["--k", "0"], None, "--k must be at least 1, not 0"),
     "lr 0": (["--lr", "0"], None, "--lr must be a positive number"),
     "lr text": (["--lr", "fast"], None, "invalid float value: 'fast'"),
@@ -1378,10 +1517,10 @@ BAD_INPUTS = {
     "order incomplete": (["--method", "order", "--order", "3,2"], None, "each of the blocks 0..3 once"),
     "order of words": (["--method", "order", "--order", "top"], None, "--order top"),
     "long": (["--max-length", "39"], None, "more than the model's 38 positions"),
-    "no folder": (["--data", "/no/such/folder"], None, "missing data file /no/such/folder/train.en.jsonl"),
+    "no folder": (["--data", "/no/such/folder"], None, "no data folder /no/such/folder"),
     "no model": (["--model", "/no/such/model"], None, "cannot load model '/no/such/model'"),
     "missing file": ([], spoil("validation.en.jsonl", None), "missing data file"),
-    "missing English test": ([], spoil("test.en.jsonl", None), "no file test.en.jsonl"),
+    "missing English test": ([], spoil("test.en.jsonl", None), "classify has no language 'en'"),
     "empty file": ([], spoil("test.de.jsonl", ""), "test.de.jsonl is empty"),
     "no column": ([], spoil("train.en.jsonl", ROW + '{"text": "a"}'), "train.en.jsonl:2: no column 'label'"),
     "not JSON": ([], spoil("train.en.jsonl", ROW + "red\n"), "train.en.jsonl:2: not a JSON object"),
@@ -1466,6 +1605,7 @@ def test_a_run_trains_above_english_and_tests_every_language_above_its_own(
         set_language(model, name)
 
     monkeypatch.setattr(unfreeze, "set_language", noted)
+    monkeypatch.setattr(tasks, "set_language", noted)
     options = ["--language-adapters", languages, "--adapter", adapter, "--method", "fun"]
     assert unfreeze.main(command(assets, tmp_path / "run", *options)) == 0
     assert seen == ["en", "en", "de", "en"]  # for training, then en, de, and zh-CN, which has none
@@ -1479,14 +1619,15 @@ def test_a_run_trains_above_english_and_tests_every_language_above_its_own(
     for language in ("en", "de"):
         add_language_adapter(model, language, languages / language)
     settings = unfreeze.parse(command(assets, Path("none")))
-    splits, texts, labels = tasks.load_data(settings)
+    splits, labels = tasks.load_data(settings)
     tokenizer = transformers.AutoTokenizer.from_pretrained(assets / "model")
     pad = transformers.DataCollatorWithPadding(tokenizer)
     for language, stacked in results["language_adapters"].items():
         set_language(model, stacked)
-        examples = tasks.encode(splits[language], texts, labels, tokenizer, 20)
-        score = tasks.accuracy(model, examples, pad, lambda: torch.autocast("cpu", enabled=False))
-        assert score == results["scores"][language]["accuracy"]
+        task, rows = tasks.TASKS["classify"], splits[language]
+        examples = task.encode(rows, tokenizer, 20, labels)
+        outputs = tasks.predict(task, model, examples, pad, no_autocast)
+        assert task.score(rows, examples, outputs, language, labels)[0] == results["scores"][language]
 
 
 def test_language_adapters_do_not_change_how_head_and_task_adapter_start(assets, languages):
@@ -1494,9 +1635,8 @@ def test_language_adapters_do_not_change_how_head_and_task_adapter_start(assets,
     for source in ("none", languages):
         torch.manual_seed(0)
         settings = unfreeze.parse(command(assets, Path("none"), "--language-adapters", source))
-        _, model, blocks = unfreeze.load_model(
-            settings, transformers.AutoModelForSequenceClassification, add_task_adapters)
-        unfreeze.load_language_adapters(settings, model, ["en", "de"])
+        _, model, blocks = tasks.load_model(settings, [0, 1])
+        tasks.load_language_adapters(settings, model, ["en", "de"])
         starts.append([*flat([*blocks, model.classifier]), torch.get_rng_state()])
     assert all(map(torch.equal, *starts))
 
@@ -1507,15 +1647,30 @@ class StandInHub(BaseHTTPRequestHandler):
     folder: Path
 
     def do_GET(self):
-        path = self.path.split("?")[0].removeprefix("/api/models").strip("/").split("/")
-        repository = self.folder / "/".join(path[:2])
-        if not repository.is_dir():
+        path = unquote(self.path.split("?")[0]).strip("/").removeprefix("api/").removeprefix("models/").split("/")
+        kind = path.pop(0) if path[0] == "datasets" else ""
+        repository, rest = self.folder / kind / "/".join(path[:2]), path[2:]
+        fault = (self.folder / "fault").read_text() if (self.folder / "fault").exists() else ""
+        if fault == "silent":
+            time.sleep(60)
+        elif fault:
+            self.answer(int(fault), b"")
+        elif not repository.is_dir():
             self.answer(404, b"", **{"X-Error-Code": "RepoNotFound"})
-        elif (repository / path[-1]).is_file():
-            content = (repository / path[-1]).read_bytes()
-            self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
+        elif rest and rest[0] == "revision":
+            facts = {"id": "/".join(path[:2]), "sha": "0" * 40, "siblings": []}
+            self.answer(200, json.dumps(facts).encode())
+        elif rest and rest[0] == "tree":
+            files = [{"type": "file", "path": str(file.relative_to(repository)), "size": file.stat().st_size,
+                      "oid": "0" * 40} for file in sorted(repository.rglob("*.parquet"))]
+            self.answer(200, json.dumps(files).encode())
         else:
-            self.answer(404, b"", **{"X-Error-Code": "EntryNotFound"})
+            file = repository / ("/".join(rest[2:]) if kind else path[-1])  # after resolve/REVISION
+            if file.is_file():
+                content = file.read_bytes()
+                self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
+            else:
+                self.answer(404, b"", **{"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_GET
 
@@ -1589,7 +1744,8 @@ def test_a_language_adapter_is_learnt_and_usable_at_once(assets, tmp_path, capsy
     assert unfreeze.main(mlm(assets, tmp_path / "de", "--steps", 150, "--save-every", 50)) == 0
     assert unfreeze.main(mlm(assets, tmp_path / "en", "--language", "en")) == 0
     results = json.loads((tmp_path / "de" / "results.json").read_text())
-    assert results["losses"][-1] < 0.7 * results["losses"][0] and len(results["losses"]) == 4
+    assert results["validation"]["loss"] < 0.7 * results["untrained"]["loss"]
+    assert results["validation"]["accuracy"] > 2 * results["untrained"]["accuracy"]
     assert sorted(path.name for path in (tmp_path / "de").iterdir()) == [
         "adapter_config.json", "head_config.json", "log.jsonl", "pytorch_adapter.bin",
         "pytorch_model_head.bin", "results.json"]
@@ -1618,12 +1774,12 @@ def test_a_killed_mlm_run_continues_to_the_very_same_bits(assets, tmp_path, caps
     assert unfreeze.main(mlm(assets, tmp_path / "cut", "--lr", 0.02)) == 2
     assert "is of a run with --lr 0.01, not 0.02" in capsys.readouterr().err
     assert unfreeze.main(mlm(assets, tmp_path / "cut")) == 0
-    assert ", 0 done" not in capsys.readouterr().out
+    assert "continuing from step" in capsys.readouterr().out
     for path in (tmp_path / "whole").iterdir():
         if path.name != "results.json":
             assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
     whole, cut_off = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
-    assert whole["losses"] == cut_off["losses"] and len(whole["losses"]) == 5
+    assert whole["validation"] == cut_off["validation"]
 
 
 @pytest.mark.parametrize("kind", ["XLMRoberta", "Bert", "DebertaV2"])
@@ -1634,18 +1790,31 @@ def test_the_masked_loss_is_the_models_own(kind):
     ids = torch.randint(5, 60, (3, 9))
     labels = ids.masked_fill(torch.rand(3, 9) < 0.7, -100)
     expected = model(ids, labels=labels).loss
-    torch.testing.assert_close(unfreeze.masked_loss(model, ids, labels), expected, rtol=1e-5, atol=0)
+    inputs = {"input_ids": ids, "labels": labels}
+    torch.testing.assert_close(tasks.masked_loss(model, inputs), expected, rtol=1e-5, atol=0)
+    loss, right, masked = tasks.masked_sums(model, inputs).T  # by sequence
+    logits = model(ids).logits
+    for row in range(3):
+        chosen = labels[row] != -100
+        torch.testing.assert_close(loss[row], nn.functional.cross_entropy(
+            logits[row][chosen], labels[row][chosen], reduction="sum"), rtol=1e-5, atol=0)
+        assert right[row] == (logits[row].argmax(-1) == labels[row])[chosen].sum()
+        assert masked[row] == chosen.sum()
 
 
 def test_text_becomes_sequences_without_loss(assets):
     tokenizer = transformers.AutoTokenizer.from_pretrained(assets / "model")
     mlm(assets, Path("none"))
-    rows = tasks.read_text(assets / "text.txt", tokenizer, 20)
-    assert rows.shape == (400 * 4 // 18, 20)
-    assert (rows[:, 0] == tokenizer.cls_token_id).all() and (rows[:, -1] == tokenizer.sep_token_id).all()
-    words = tokenizer.convert_ids_to_tokens(rows[:, 1:-1].flatten().tolist())
-    lines = (assets / "text.txt").read_text().split("\n")
-    assert " ".join(words).replace(" </s> ", "\n").startswith("\n".join(lines[:300]))
+    splits = tasks.read_text(assets / "text.txt")
+    lines = (assets / "text.txt").read_text().splitlines()
+    assert [row["text"] for row in splits["validation"]] == lines[::20] and len(splits["train"]) == 380
+    examples = tasks.encode_text(splits["train"], tokenizer, 20, [])
+    ids = torch.tensor([example["input_ids"] for example in examples])
+    assert ids.shape == (380 * 4 // 18, 20)
+    assert (ids[:, 0] == tokenizer.cls_token_id).all() and (ids[:, -1] == tokenizer.sep_token_id).all()
+    words = tokenizer.convert_ids_to_tokens(ids[:, 1:-1].flatten().tolist())
+    kept = [line for i, line in enumerate(lines) if i % 20]
+    assert " ".join(words).replace(" </s> ", "\n").startswith("\n".join(kept[:370]))
 
 
 BAD_LANGUAGES = {
@@ -1672,11 +1841,12 @@ def test_bad_language_adapters_give_one_line_before_training(name, assets, langu
 
 @pytest.mark.parametrize("options, content, message", [
     (["--data", "/no/such.txt"], None, "/no/such.txt"), ([], b"\xff\xfe", "is not text in UTF-8"),
-    ([], b"red\n", "two sequences of --max-length need 36"),
+    ([], b"red\n", "--data has too little text"),
     (["--save-every", "0"], b"", "--save-every must be"),
     (["--lr", "0"], b"", "--lr must be"), (["--language", "../th"], b"", "--language must be a code"),
     (["--language", "to"], b"", "'to' cannot name an adapter"),
-    (["--max-length", "39"], b"", "more than the model's 38"),
+    (["--max-length", "39"], b"red\n", "more than the model's 38"),
+    (["--language", ""], b"", "--language must be a code"), (["--method", "gu"], b"", "leave --method"),
 ])
 def test_bad_input_of_mlm_gives_one_line_and_status_2(options, content, message, assets, tmp_path, capsys):
     arguments = mlm(assets, tmp_path / "de", *options)
@@ -1686,8 +1856,492 @@ def test_bad_input_of_mlm_gives_one_line_and_status_2(options, content, message,
     assert unfreeze.main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("error: ") and message in error[-1]
-    assert unfreeze.main(["mlm", "--data", "text.txt"]) == 2
-    assert "the following arguments are required: --language" in capsys.readouterr().err
+
+
+# ---- the tasks of the paper, from a folder and from the hub -------------------------------------------------
+
+
+def task_rows(task: str, language: str, count: int = 12) -> list[dict]:
+    """Rows with the hub's columns, in the words of `assets`."""
+    words = WORDS.get(language, WORDS["de"])
+    if task == "xnli":
+        return [{"premise": f"a nice {words[i % 4]}", "hypothesis": words[(i + i // 3) % 4], "label": i % 3}
+                for i in range(count)]
+    if task == "xcopa":
+        return [{"premise": f"a {words[i % 4]}", "choice1": words[i % 4], "choice2": f"nice {words[(i + 1) % 4]}",
+                 "question": ("cause", "effect")[i // 2 % 2], "label": i % 2, "idx": i} for i in range(count)]
+    rows = []
+    for i in range(count):
+        context = " ".join(["a", "nice", "a nice a"[: 1 + i % 8].strip(), words[i % 4], "nice"] * (1 + i % 3))
+        start = context.index(words[i % 4])
+        rows.append({"id": f"{language}-{i}", "title": "t", "context": context, "question": f"{words[i % 4]} ?",
+                     "answers": {"text": [words[i % 4]], "answer_start": [start]}})
+    return rows
+
+
+def write_task(folder: Path, task: str, languages: tuple = ("en", "de")) -> Path:
+    folder.mkdir(parents=True)
+    for name in ("train.en", "validation.en", *(f"test.{language}" for language in languages)):
+        rows = task_rows(task, name.split(".")[1], 24 if name == "train.en" else 12)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def task_command(task: str, assets: Path, data: Path, out: Path, *options) -> list[str]:
+    paths = ["--model", assets / "model", "--data", data, "--out", out]
+    settings = "--languages de --steps 6 --batch-size 8 --lr 0.01 --k 1 --max-length 20 --device cpu".split()
+    return [task, *map(str, paths), *settings, *map(str, options)]
+
+
+METRICS = {"xnli": ["accuracy"], "xcopa": ["accuracy"], "xquad": ["f1", "em"],
+           "mlqa": ["f1", "em", "f1_mlqa", "em_mlqa"]}
+
+
+@pytest.mark.parametrize("adapter", ["pfeiffer", "lora", "full"])
+@pytest.mark.parametrize("task", METRICS)
+def test_every_task_runs_with_adapters_lora_and_in_full(task, adapter, assets, tmp_path, capsys):
+    data = write_task(tmp_path / "data", task)
+    options = ["--method", "full", "--lr", "1e-3"] if adapter == "full" else ["--method", "fun", "--adapter", adapter]
+    assert unfreeze.main(task_command(task, assets, data, tmp_path / "run", *options)) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["adapter"] == ("none" if adapter == "full" else adapter)
+    assert list(results["scores"]) == ["en", "de"]
+    assert all(list(score) == METRICS[task] for score in (*results["scores"].values(), results["average"]))
+    assert results["average"] == results["scores"]["de"] and results["train_examples"] == 24
+    assert (tmp_path / "run" / "model").is_dir() == (adapter == "full")
+    assert len(results["order"]) == (0 if adapter == "full" else LAYERS)
+    for language in ("en", "de"):
+        rows, lines = task_rows(task, language), (tmp_path / f"run/predictions/{language}.jsonl").read_text()
+        predictions = [json.loads(line) for line in lines.splitlines()]
+        assert len(predictions) == len(rows)
+        if task in ("xquad", "mlqa"):
+            for row, answer in zip(rows, predictions):
+                start = answer["answer_start"]
+                assert row["id"] == answer["id"] and answer["text"]
+                assert row["context"][start : start + len(answer["text"])] == answer["text"]
+            exact = sum(row["answers"]["text"][0] == answer["text"] for row, answer in zip(rows, predictions))
+            assert results["scores"][language]["em"] == pytest.approx(100 * exact / 12)
+        else:
+            right = sum(row["label"] == answer["label"] for row, answer in zip(rows, predictions))
+            assert results["scores"][language]["accuracy"] == pytest.approx(100 * right / 12)
+    assert ("answers in no window" in capsys.readouterr().out) == (task in ("xquad", "mlqa"))
+    assert unfreeze.main(["report", str(tmp_path / "run")]) == 0
+
+
+def test_full_fine_tuning_moves_the_whole_model_and_its_folder_is_a_model(assets, tmp_path):
+    data = write_task(tmp_path / "data", "xnli")
+    options = ["--method", "full", "--lr", "1e-3"]
+    assert unfreeze.main(task_command("xnli", assets, data, tmp_path / "run", *options)) == 0
+    before = load_file(assets / "model/model.safetensors")
+    after = load_file(tmp_path / "run/model/model.safetensors")
+    moved = [key for key, value in before.items() if not torch.equal(value, after[f"roberta.{key}"])]
+    assert {key for key in before if "pooler" not in key and "position_ids" not in key} == set(moved)
+    again = task_command("xnli", assets, data, tmp_path / "again", "--steps", 0, "--method", "none")
+    again[again.index("--model") + 1] = str(tmp_path / "run/model")  # with its own head
+    assert unfreeze.main(again) == 0
+    first, second = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "again"))
+    assert first["scores"] == second["scores"]
+
+
+def test_choices_are_premise_and_question_with_each_choice(assets):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(assets / "model")
+    row = {"premise": "a cat", "choice1": "red", "choice2": "blue dog", "question": "effect", "label": 1}
+    example, = tasks.encode_choices([row], tokenizer, 30, [0, 1])
+    assert example["labels"] == 1
+    assert example["input_ids"] == [tokenizer("a cat What was the effect?", choice)["input_ids"]
+                                    for choice in ("red", "blue dog")]
+
+
+def test_no_steps_test_the_untrained_model(assets, tmp_path):
+    data = write_task(tmp_path / "data", "xquad")
+    assert unfreeze.main(task_command("xquad", assets, data, tmp_path / "run", "--steps", 0)) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["steps"] == 0 and results["order"] == [] and results["validation"] == results["untrained"]
+
+
+@pytest.mark.parametrize("options", [
+    ["--method", "gu"], ["--method", "fun", "--adapter", "lora"], ["--method", "lpft"], ["--method", "rand"],
+    ["--method", "full"]], ids=lambda options: options[1])
+def test_a_run_that_is_cut_off_anywhere_ends_in_the_very_same_bits(options, assets, tmp_path, monkeypatch):
+    data = write_task(tmp_path / "data", "xquad")
+    options = [*options, "--steps", 12, "--save-every", 3, "--fisher-every", 2]
+    whole, cut_off = (task_command("xquad", assets, data, tmp_path / name, *options) for name in ("whole", "cut"))
+    assert unfreeze.main(whole) == 0
+    step, calls = torch.optim.AdamW.step, []
+
+    def failing(optimizer):
+        calls.append(step(optimizer))
+        if len(calls) in (2, 8, 14):  # before the first checkpoint, after the second, right after the fourth
+            raise KeyboardInterrupt(130)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", failing)
+    for _ in range(3):
+        assert unfreeze.main(cut_off) == 130
+    assert unfreeze.main(cut_off) == 0
+    assert len(calls) == 2 + 6 + 6 + 4  # of 12: to 2; to 6; from 3 to 9 or so; the rest
+    ends = []
+    for name in ("whole", "cut"):
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        del results["wall_seconds"], results["settings"]["out"]
+        files = {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*")
+                 if path.is_file() and path.name != "results.json"}
+        ends.append(files | {"results": results})
+    assert ends[0] == ends[1] and Path("checkpoint.pt") not in ends[0]
+
+
+def serve(folder: Path, repository: str, config: str, split: str, rows: list[dict]) -> None:
+    """Two parquet files, as the hub has of larger data."""
+    place = folder / "datasets" / repository / config / split
+    place.mkdir(parents=True)
+    for number, part in enumerate((rows[:5], rows[5:])):
+        datasets.Dataset.from_list(part).to_parquet(place / f"000{number}.parquet")
+
+
+@pytest.fixture
+def task_hub(assets, languages, hub):
+    """The stand-in hub with a model, two language adapters, and the data of three tasks."""
+    folder, environment = hub
+    shutil.copytree(assets / "model", folder / "someone/tiny")
+    for language in ("en", "de"):
+        shutil.copytree(languages / language, folder / f"AdapterHub/tiny-{language}-wiki_pfeiffer")
+    for split in ("train", "validation"):
+        serve(folder, "facebook/xnli", "en", split, task_rows("xnli", "en", 24))
+        serve(folder, "rajpurkar/squad", "plain_text", split, task_rows("mlqa", "en", 24))
+        serve(folder, "aps/super_glue", "copa", split, task_rows("xcopa", "en", 24))
+    hidden = [row | {"label": -1, "question": "effect"} for row in task_rows("xcopa", "en")]
+    serve(folder, "aps/super_glue", "copa", "test", hidden)
+    wrong = [row | {"question": "cause"} for row in task_rows("xcopa", "it")]
+    serve(folder, "cambridgeltl/xcopa", "it", "test", wrong)
+    for language in ("en", "de"):
+        serve(folder, "facebook/xnli", language, "test", task_rows("xnli", language))
+        serve(folder, "facebook/mlqa", f"mlqa.{language}.{language}", "test", task_rows("mlqa", language))
+    return folder, environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2"}
+
+
+def hub_run(task: str, language: str, out: Path, environment: dict, *options) -> subprocess.CompletedProcess:
+    arguments = [task, "--model", "someone/tiny", "--languages", language, *options, "--out", str(out)]
+    settings = "--steps 4 --batch-size 8 --lr 0.01 --k 1 --max-length 20 --device cpu".split()
+    return subprocess.run([sys.executable, HERE / "unfreeze.py", *arguments, *settings], text=True,
+                          capture_output=True, env=environment, timeout=300)
+
+
+def test_tasks_run_from_the_hub_and_again_offline(task_hub, tmp_path):
+    folder, environment = task_hub
+    for task, language in (("xnli", "de"), ("mlqa", "de"), ("xcopa", "it")):
+        run = hub_run(task, language, tmp_path / task, environment)
+        assert run.returncode == 0, run.stderr
+        results = json.loads((tmp_path / task / "results.json").read_text())
+        assert list(results["scores"]) == ["en", language] and results["train_examples"] == 24
+        assert results["language_adapters"] == {"en": "en", language: "en" if language == "it" else language}
+        lines = {name: (tmp_path / task / f"predictions/{name}.jsonl").read_text() for name in ("en", language)}
+        assert len(lines["en"].splitlines()) == (24 if task == "xcopa" else 12)  # COPA's validation
+        assert len(lines[language].splitlines()) == 12
+        # from a folder with the same rows, above the same adapters: the same scores
+        data = tmp_path / f"data-{task}"
+        data.mkdir()
+        for name, count in (("train.en", 24), ("validation.en", 24), ("test.en", 24 if task == "xcopa" else 12),
+                            (f"test.{language}", 12)):
+            rows = [row | ({"question": "effect"} if task == "xcopa" and language in name else {})
+                    for row in task_rows(task, name.split(".")[1], count)]
+            (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        local = hub_run(task, language, tmp_path / f"local-{task}", environment, "--data", str(data))
+        assert local.returncode == 0, local.stderr
+        locally = json.loads((tmp_path / f"local-{task}" / "results.json").read_text())
+        assert locally["scores"] == results["scores"]
+    shutil.rmtree(folder)
+    offline = hub_run("xnli", "de", tmp_path / "offline", environment | {"HF_HUB_OFFLINE": "1"})
+    assert offline.returncode == 0, offline.stderr
+    assert (tmp_path / "offline/adapter/pytorch_adapter.bin").read_bytes() == \
+        (tmp_path / "xnli/adapter/pytorch_adapter.bin").read_bytes()
+    for parquet in (tmp_path / "cache/hub/datasets--facebook--xnli").rglob("*.parquet"):
+        parquet.resolve().write_bytes(b"PAR1 but no more")
+    damaged = hub_run("xnli", "de", tmp_path / "damaged", environment | {"HF_HUB_OFFLINE": "1"})
+    last = damaged.stderr.strip().splitlines()[-1]
+    assert damaged.returncode == 2 and last.startswith("error: ") and "holds no readable data" in last
+
+
+def one_line(run: subprocess.CompletedProcess) -> str:
+    assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and run.stderr.count("error: ") == 1
+    return last
+
+
+@pytest.mark.parametrize("fault", [401, 404, 500, "silent", "gone"])
+def test_a_hub_that_does_not_answer_as_it_should_is_one_line(fault, assets, task_hub, tmp_path):
+    folder, environment = task_hub
+    if fault == "gone":
+        environment |= {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    else:
+        (folder / "fault").write_text(str(fault))
+    last = one_line(hub_run("xnli", "de", tmp_path / "run", environment, "--model", str(assets / "model")))
+    assert "data facebook/xnli/en/train is not in the local cache and the hub does not give it" in last
+    assert not (tmp_path / "run").exists()
+
+
+def test_hub_data_without_a_column_or_a_language_is_one_line(task_hub, tmp_path):
+    folder, environment = task_hub
+    assert "xnli has no language 'xx' on the hub, only en, ar, de" in one_line(
+        hub_run("xnli", "de,xx", tmp_path / "run", environment))
+    assert "no data of its own on the hub" in one_line(hub_run("classify", "de", tmp_path / "run", environment))
+    shutil.rmtree(folder / "datasets/facebook/mlqa/mlqa.de.de")
+    assert "the hub has no parquet files for facebook/mlqa/mlqa.de.de/test" in one_line(
+        hub_run("mlqa", "de", tmp_path / "run", environment))
+    shutil.rmtree(folder / "datasets/facebook/xnli/de")
+    serve(folder, "facebook/xnli", "de", "test", [{"premise": "a", "label": 0}] * 9)
+    assert "facebook/xnli/de/test/0000.parquet, row 0: no column 'hypothesis'" in one_line(
+        hub_run("xnli", "de", tmp_path / "run", environment))
+    assert not (tmp_path / "run").exists()
+
+
+BAD_ROWS = {
+    "no answers": ("xquad", {"answers": None}, "no column 'answers'"),
+    "answers a list": ("xquad", {"answers": ["red"]}, "answers must be"),
+    "answers of two lengths": ("mlqa", {"answers": {"text": ["a"], "answer_start": []}}, "answers must be"),
+    "no answer": ("mlqa", {"answers": {"text": [], "answer_start": []}}, "with one answer or more"),
+    "answer a number": ("xquad", {"answers": {"text": [1], "answer_start": [0]}}, "answers must be"),
+    "start a string": ("xquad", {"answers": {"text": ["a"], "answer_start": ["0"]}}, "answers must be"),
+    "context a number": ("xquad", {"context": 3}, "'context' must be a string"),
+    "id a number": ("xquad", {"id": 3}, "'id' must be a string"),
+    "no choice": ("xcopa", {"choice2": None}, "no column 'choice2'"),
+    "another question": ("xcopa", {"question": "why"}, "question 'why' is not one of cause, effect"),
+    "label 2": ("xcopa", {"label": 2}, "label 2 is not one of 0, 1"),
+    "label -1": ("xnli", {"label": -1}, "label -1 is not one of 0, 1, 2"),
+    "label true": ("xnli", {"label": True}, "'label' must be a string or an integer"),
+}
+
+
+@pytest.mark.parametrize("file", ["train.en", "test.de"])
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_of_any_task_is_named_in_one_line(name, file, assets, tmp_path, capsys):
+    task, change, message = BAD_ROWS[name]
+    path = write_task(tmp_path / "data", task) / f"{file}.jsonl"
+    lines = path.read_text().splitlines()
+    lines[3] = json.dumps(json.loads(lines[3]) | change)
+    path.write_text("\n".join(lines) + "\n")
+    assert unfreeze.main(task_command(task, assets, tmp_path / "data", tmp_path / "run")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {path}:4: ") and message in error and not (tmp_path / "run").exists()
+
+
+# ---- tasks.py: answers and their scores --------------------------------------------------------------------
+
+
+PIECES = {  # articles, words that contain one, punctuation of the script, digits, composed and spelled-out accents
+    "en": "The|the|a|An|another|theory|U.S.|don't|well-known|(19)|$5.5|“quoted”|–|…|cat|Cat|1,000|e.g.|A".split("|"),
+    "es": "El|la|Las|unos|un|ella|lago|¿qué|¡sí!|«año»|niño|nin\u0303o|10.000|a|the|º|del|AGUA|agua".split("|"),
+    "de": "Der|die|DAS|eines|dem|Dämmerung|dasselbe|Straße|STRASSE|„gut“|‚so‘|—|3,5|Groß-Berlin|und|a|des".split("|"),
+    "vi": "của|Là|cái|CHIẾC|những|làm|cáiđó|Việt|Nam|Nam,|2013)|“vào”|thế kỷ|the\u0302\u0301|a|19|…".split("|"),
+    "ar": "ال|الكتاب|كتاب|كتاب،|والكتاب|هل؟|؛|«نص»|٢٠١٣|2013|الْمَدِينَة|مدينة|ـ|السلام|الله|٪|أمال".split("|"),
+    "hi": "का|की|भारत|भारत।|॥|हिन्दी|“हाँ”|२०१३|2013|the|के|राज्य-सभा|अं|अंतर|,|(क)|ज़".split("|"),
+    "zh": "中国|中國|的|《红楼梦》|，|。|“引”|a|the|NBA|Warner Bros.|1946|1946 年|·|、|龥|龦|㐀|３|，,|-".split("|"),
+}
+GAPS = ["", " ", " ", "  ", "\u3000", "\n", "\u00a0"]
+
+
+
+def answer_cases():
+    """60 times (language, predicted answer, gold answers) for each language, the same ones everywhere."""
+    draw = random.Random(5)
+
+    def text(pieces):
+        return "".join(piece + GAPS[int(draw.random() * len(GAPS))] for piece in pieces)
+
+    for language, pieces in PIECES.items():
+        for _ in range(60):
+            golds = [[pieces[int(draw.random() * len(pieces))] for _ in range(int(draw.random() * 6))]
+                     for _ in range(1 + int(draw.random() * 3))]
+            guess = [piece for piece in golds[0] if draw.random() < 0.75]
+            guess += [pieces[int(draw.random() * len(pieces))] for _ in range(int(draw.random() * 2))]
+            yield language, text(guess), [text(gold) for gold in golds]
+
+
+# What the official scripts print for them, in thousandths. Second line, F1 of the paper's scoring: SQuAD's
+# evaluate-v1.1.py; for zh, characters by `mixed_segmentation` of MLQA's script after removing what SQuAD's removes.
+# Third line, F1 of MLQA's mlqa_evaluation_v1.py (facebookresearch/MLQA at 5ef5c73). First: 1 if the former's exact
+# match is true, plus 2 if the latter's is.
+EXPECTED = {
+    "en": ("003230003033200300000203330330333000320030000033030000000030",
+        "400 667 0 667 0 0 500 0 1000 400 0 1000 667 500 800 0 333 500 500 400 0 800 333 0 1000 1000 0 0 "
+        "1000 0 0 0 1000 857 800 0 1000 333 0 0 1000 667 800 0 400 667 1000 0 800 1000 0 0 0 667 286 800 "
+        "0 800 1000 800",
+        "400 667 0 1000 0 0 500 0 1000 0 0 1000 1000 500 800 0 400 500 500 400 0 1000 333 0 1000 1000 0 0 "
+        "1000 0 0 0 1000 857 800 0 1000 1000 500 0 1000 800 800 0 400 667 1000 0 800 1000 0 0 0 0 286 800 "
+        "0 800 1000 667"),
+    "es": ("000330030300030003030200300303001033030001000000002003200103",
+        "0 667 286 0 1000 333 500 1000 571 1000 500 857 667 0 750 1000 667 0 0 1000 0 800 500 400 0 667 0 "
+        "0 0 1000 571 0 1000 667 0 0 500 1000 667 800 571 1000 750 0 750 667 0 800 500 889 889 667 667 "
+        "1000 667 333 0 0 667 1000",
+        "0 571 0 0 0 400 400 1000 667 1000 667 800 667 0 857 1000 800 0 0 1000 0 1000 800 400 0 667 500 0 "
+        "0 1000 500 0 800 667 0 0 800 1000 500 800 667 889 571 0 667 667 0 800 500 750 1000 667 667 1000 "
+        "1000 0 0 0 750 1000"),
+    "de": ("302003032230330003203230030023023002000200003033000300300202",
+        "1000 333 333 857 667 1000 500 0 0 667 1000 0 1000 1000 286 0 800 1000 857 0 0 0 0 333 333 0 444 "
+        "0 0 0 667 500 0 667 0 500 800 500 667 800 500 667 400 667 1000 0 1000 1000 571 667 500 1000 0 "
+        "571 1000 333 0 0 571 667",
+        "1000 400 1000 800 0 1000 571 0 0 1000 0 0 1000 1000 333 667 800 1000 1000 0 0 0 0 400 667 0 444 "
+        "0 0 0 857 0 0 500 0 0 667 0 0 1000 0 667 400 400 0 0 0 1000 333 800 0 1000 0 500 1000 500 500 "
+        "1000 667 1000"),
+    "vi": ("000302300302013030002000301032033033002300200330200020002000",
+        "667 667 667 0 800 0 1000 667 0 1000 667 0 571 0 0 667 1000 0 444 800 0 0 857 500 1000 0 1000 571 "
+        "1000 500 500 0 0 0 0 1000 571 750 0 0 750 667 800 750 400 1000 1000 667 667 667 500 727 0 600 "
+        "571 800 857 750 0 750",
+        "0 800 800 0 857 0 0 571 0 0 667 0 0 0 0 667 0 0 400 750 0 0 857 0 1000 0 667 0 1000 1000 0 0 0 0 "
+        "0 0 400 750 0 0 500 571 1000 800 0 1000 1000 800 1000 667 500 800 0 500 400 667 1000 500 0 667"),
+    "ar": ("200303200000000000030003000000300000000033000300003030003000",
+        "0 0 286 1000 800 1000 571 333 286 667 0 500 0 500 333 400 800 667 0 1000 333 400 0 1000 667 750 "
+        "0 667 667 333 1000 0 667 571 0 400 750 0 0 0 1000 1000 667 444 0 0 0 667 800 571 0 444 0 0 0 500 "
+        "1000 667 0 0",
+        "0 0 750 1000 800 1000 1000 400 500 0 667 500 667 667 333 400 800 800 0 1000 400 500 0 1000 667 "
+        "667 0 500 667 333 1000 0 800 667 0 667 571 0 0 800 1000 1000 667 667 0 0 0 667 800 667 0 500 0 0 "
+        "0 400 1000 667 0 0"),
+    "hi": ("030300133030000300000000200300030330000003033000000300020000",
+        "667 1000 1000 0 0 444 1000 0 0 857 0 750 0 571 857 1000 667 333 667 667 0 667 400 571 0 0 0 1000 "
+        "571 333 667 0 0 1000 1000 857 0 0 0 0 0 1000 667 0 1000 286 500 0 0 667 667 0 667 667 571 667 0 "
+        "0 857 0",
+        "667 1000 1000 0 0 500 667 0 0 857 0 857 667 400 857 1000 667 333 667 800 0 667 400 571 0 0 0 "
+        "1000 400 286 667 0 0 1000 1000 857 0 500 0 0 0 1000 667 0 1000 286 500 0 0 667 667 0 667 667 500 "
+        "1000 0 0 857 0"),
+    "zh": ("033300330002220330002030202230000230030003023330030020020002",
+        "500 1000 1000 1000 0 750 1000 0 0 800 600 667 1000 857 545 0 1000 667 571 0 1000 923 0 800 0 800 "
+        "800 667 0 800 750 0 0 0 1000 0 923 1000 750 588 0 0 400 667 1000 1000 1000 800 769 1000 923 500 "
+        "0 545 0 500 857 889 333 923",
+        "571 1000 1000 1000 0 500 1000 0 0 667 400 1000 1000 1000 667 0 1000 0 500 0 1000 857 0 667 0 800 "
+        "1000 0 0 857 500 0 0 0 1000 0 800 1000 800 545 0 0 400 1000 1000 1000 1000 750 727 1000 909 667 "
+        "0 571 0 0 800 889 400 1000"),
+}
+
+
+def test_answer_scores_equal_the_official_scripts_on_420_cases():
+    found = {}
+    for language, guess, golds in answer_cases():
+        case = []
+        for words in (tasks.squad_words, tasks.mlqa_words):
+            scores = [tasks.word_overlap(words(guess, language), words(gold, language)) for gold in golds]
+            case += [round(1000 * max(f1 for f1, _ in scores)), max(same for _, same in scores)]
+        found.setdefault(language, []).append(case)
+    for language, (matches, squad, mlqa) in EXPECTED.items():
+        assert [case[0] for case in found[language]] == [int(value) for value in squad.split()], language
+        assert [case[2] for case in found[language]] == [int(value) for value in mlqa.split()], language
+        assert "".join(str(case[1] + 2 * case[3]) for case in found[language]) == matches, language
+
+
+@pytest.mark.parametrize("language, guess, gold, squad, mlqa", [  # (F1, exact match), worked out by hand
+    ("en", "The Cat", "cat.", (1, 1), (1, 1)),
+    ("en", "", "", (0, 1), (0, 1)),  # two empty answers match, but share no word
+    ("en", "the", "a", (0, 1), (0, 1)),
+    ("en", "big cat", "cat", (2 / 3, 0), (2 / 3, 0)),
+    ("en", "cat cat", "cat", (2 / 3, 0), (2 / 3, 0)),  # multisets
+    ("en", "“cat”", "cat", (0, 0), (1, 1)),  # SQuAD's rules leave curly quotes
+    ("de", "die Katze", "Katze", (2 / 3, 0), (1, 1)),  # articles: SQuAD's are English
+    ("de", "a Katze", "Katze", (1, 1), (2 / 3, 0)),
+    ("es", "el gato", "gato", (2 / 3, 0), (1, 1)),
+    ("vi", "những con mèo", "con mèo", (4 / 5, 0), (1, 1)),
+    ("ar", "الكتاب", "كتاب", (0, 0), (1, 1)),
+    ("ar", "كتاب؟", "كتاب", (0, 0), (1, 1)),
+    ("hi", "भारत।", "भारत", (0, 0), (1, 1)),
+    ("zh", "中国人", "中国", (4 / 5, 0), (4 / 5, 0)),
+    ("zh", "中，国", "中国", (4 / 5, 0), (1, 1)),  # the comma is a token, or is dropped
+    ("zh", "a中", "中", (2 / 3, 0), (2 / 3, 0)),  # no articles in Chinese
+    ("zh", "1946年", "1946 年", (1, 1), (1, 1)),
+    ("ru", "the кот", "кот", (1, 1), (1 / 1.5, 0)),
+    ("th", "แมว ดำ", "แมวดำ", (0, 0), (0, 0)),
+])
+def test_answer_scores_by_hand(language, guess, gold, squad, mlqa):
+    for words, expected in ((tasks.squad_words, squad), (tasks.mlqa_words, mlqa)):
+        assert tasks.word_overlap(words(guess, language), words(gold, language)) == pytest.approx(expected)
+
+
+def test_the_best_span_is_that_of_a_search_over_all_pairs():
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (1, 5, 45, 45, 45):
+        context = "".join(chr(0x4e00 + i) for i in range(tokens))
+        offsets = torch.tensor([[-1, -1]] * 3 + [[i, i + 1] for i in range(tokens)] + [[-1, -1]])
+        logits = torch.randn(2, tokens + 4, generator=generator)
+        logits[:, :3], logits[:, -1] = 9, 9  # question and special tokens, however likely
+        ranked = [sorted(range(3, tokens + 3), key=lambda i: -logits[side, i])[:20] for side in (0, 1)]
+        best = max((logits[0, i] + logits[1, j], i, j) for i in ranked[0] for j in ranked[1] if i <= j < i + 30)
+        score, start, text = tasks.best_span(context, offsets, torch.cat([logits, torch.full((2, 7), 99.0)], 1))
+        assert (score, start, text) == (best[0], best[1] - 3, context[best[1] - 3 : best[2] - 2])
+    assert tasks.best_span("", torch.full((4, 2), -1), torch.zeros(2, 4)) == (-math.inf, 0, "")
+
+
+def test_the_best_span_leaves_white_space_out_and_says_where_it_starts():
+    offsets = torch.tensor([[0, 3], [3, 7], [7, 8]])  # XLM-R's tokens hold the space before them
+    logits = torch.tensor([[0.0, 5, 0], [0, 0, 5]])
+    assert tasks.best_span("red cat ", offsets, logits) == (10, 4, "cat")
+
+
+def windowed(assets: Path, rows: list[dict], length: int) -> list[dict]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(assets / "model")
+    return tasks.encode_spans(rows, tokenizer, length, [])
+
+
+def question_row(context: str, answer: str, start: int | None = None, question: str = "red ?") -> dict:
+    start = context.index(answer) if start is None else start
+    return {"id": "q", "context": context, "question": question,
+            "answers": {"text": [answer], "answer_start": [start]}}
+
+
+@pytest.mark.parametrize("length", [16, 20, 38])
+def test_windows_cover_the_context_and_every_answer_comes_back(length, assets):
+    generator = torch.Generator().manual_seed(1)
+    words = [*itertools.chain(*WORDS.values()), "\U0001f600", "ทำ", "हिन्दी"]  # beyond 16 bits; combining marks
+    for count in (1, 3, 40, 90):
+        tokens = [words[i] for i in torch.randint(len(words), (count,), generator=generator).tolist()]
+        context = "  ".join(tokens)
+        first = torch.randint(count, (), generator=generator).item()
+        answer = "  ".join(tokens[first : first + 3])
+        row = question_row(context, answer, len("  ".join(tokens[:first])) + 2 * (first > 0), " red " * 30)
+        examples = windowed(assets, [row], length)
+        seen, held = set(), 0
+        for example in examples:
+            ids, offsets = example["input_ids"], example["offsets"]
+            assert len(ids) == len(offsets) == len(example["attention_mask"]) <= length
+            seen |= {position for start, end in offsets.tolist() for position in range(start, end)}
+            if example["start_positions"]:
+                start, end = offsets[example["start_positions"], 0], offsets[example["end_positions"], 1]
+                assert context[start:end] == answer
+                held += 1
+                logits = torch.zeros(2, len(ids))
+                logits[0, example["start_positions"]] = logits[1, example["end_positions"]] = 9
+                assert tasks.best_span(context, offsets, logits)[1:] == (row["answers"]["answer_start"][0], answer)
+        assert held and seen >= {i for i, character in enumerate(context) if character != " "}
+        assert tasks.unreachable([row], examples) == (0, 0)
+        assert (len(examples) > 1) == (count > length - 4 - length // 4)
+
+
+@pytest.mark.parametrize("row, expected", [
+    (question_row("red cat dog", "at"), (0, 1)),  # inside a token
+    (question_row("red cat dog", "cat", 5), (1, 0)),  # not at its answer_start
+    (question_row("red cat dog", "cat", 999), (1, 0)),
+    (question_row("red cat dog", "cat", -7), (1, 0)),
+    (question_row(" ".join(["red"] * 80), " ".join(["red"] * 60)), (1, 0)),  # longer than any window
+    (question_row("", "", 0), (1, 0)),
+    (question_row("red cat dog", "cat", question=""), (0, 0)),
+])
+def test_answers_that_no_span_of_tokens_gives_are_counted(row, expected, assets):
+    assert tasks.unreachable([row], windowed(assets, [row], 38)) == expected
+
+
+def test_the_likeliest_window_answers_and_the_best_gold_answer_counts(assets):
+    rows = [question_row(" ".join(["red", "blue", "cat", "dog"] * 20), "blue cat"), question_row("red cat", "red")]
+    rows[1]["answers"] = {"text": ["red cat", "cat"], "answer_start": [0, 4]}
+    examples = windowed(assets, rows, 20)
+    outputs = [torch.zeros(2, len(example["input_ids"]) + 5) for example in examples]  # as padded in a batch
+    chosen = next(i for i, example in enumerate(examples) if i > 0 and example["offsets"][-2, 0] > 0)
+    inside = (examples[chosen]["offsets"][:, 0] >= 0).nonzero()[2:4, 0]
+    outputs[chosen][0, inside[0]] = outputs[chosen][1, inside[1]] = 3
+    outputs[-1][:, -7] = 1  # "cat", the last token of the context but one, is followed by </s>
+    rules = {"": tasks.squad_words, "_mlqa": tasks.mlqa_words}
+    scores, predictions = tasks.answers(rows, examples, outputs, "en", [], rules)
+    start = examples[chosen]["offsets"][inside[0], 0].item()
+    end = examples[chosen]["offsets"][inside[1], 1].item()
+    assert predictions[0] == {"id": "q", "text": rows[0]["context"][start:end], "answer_start": start}
+    assert predictions[1] == {"id": "q", "text": "cat", "answer_start": 4}
+    first = tasks.word_overlap(rows[0]["context"][start:end].split(), ["blue", "cat"])
+    assert scores == {f"{name}{rule}": pytest.approx(50 * (value + 1))
+                      for rule in rules for name, value in zip(("f1", "em"), first)}
 
 
 # ---- the demo ----------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import time
@@ -37,16 +38,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers import (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          DataCollatorForLanguageModeling, DataCollatorWithPadding)
 
-from adapters import (add_language_adapter, add_lora, add_task_adapters, save_adapter, save_head,
-                      set_language, write_atomically)
+from adapters import save_adapter, save_head, set_language, write_atomically
 from fisher import LABELS, fisher_trace
-from tasks import PRESETS, TASKS, UserError, accuracy, encode, load_data, read_text
+from tasks import (TASKS, UserError, is_papers_setting, load_data, load_language_adapters, load_model,
+                   paper_figure, predict, resolve, unreachable)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -148,76 +146,45 @@ def option(default, text: str, **keywords):
 
 @dataclass(frozen=True)
 class Settings:
-    """The command line. None stands for the preset of task, model and method, filled in by `resolve`."""
+    """The command line. None stands for the paper's preset, filled in by `tasks.resolve`."""
 
     task: str
-    method: str = option("gu", "which blocks open when", choices=list(SELECT))
+    method: str = option(None, "which blocks open when (default: gu)", choices=[*SELECT, "full"])
     order: str | None = option(None, "for --method order: all blocks, first opened first", metavar="11,10,…")
     k: int | None = option(None, "steps between two openings", type=int)
     adapter: str = option("pfeiffer", "what is trained in each layer", choices=["pfeiffer", "lora"])
     model: str = option("FacebookAI/xlm-roberta-base", "a folder or a hub name (XLM-R, RoBERTa, BERT)")
     language_adapters: str = option("auto", "stacked below the task's: the hub's for a hub model, none, or "
                                     "those in FOLDER/<language>", metavar="auto|none|FOLDER")
-    data: str | None = option(None, "folder with train.en.jsonl, validation.en.jsonl, test.<language>.jsonl")
-    languages: str | None = option(None, "tested beside English (default: the task's)", metavar="de,sw,…")
+    data: str | None = option(None, "folder with train.en.jsonl, validation.en.jsonl, test.<language>.jsonl "
+                              "(default: the hub); for mlm a text file in UTF-8")
+    languages: str | None = option(None, "tested beside English (default: the paper's)", metavar="de,sw,…")
+    language: str | None = option(None, "for mlm: the language's code, and the adapter's name")
     epochs: int | None = option(None, "passes over the training data", type=int)
-    steps: int | None = option(None, "training steps, instead of --epochs", type=int)
+    steps: int | None = option(None, "training steps, instead of --epochs; 0 tests untrained", type=int)
     lr: float | None = option(None, "learning rate at the start", type=float)
-    decay: str = option("linear", "of the learning rate", choices=["linear", "constant"])
+    decay: str | None = option(None, "of the learning rate", choices=["linear", "constant"])
     batch_size: int | None = option(None, "training examples per step", type=int)
-    max_length: int = option(128, "tokens per example; longer ones are cut", type=int)
+    max_length: int | None = option(None, "tokens per sequence; longer ones are cut, contexts split", type=int)
     train_examples: int | None = option(None, "train on a random sample of this size", type=int)
     test_examples: int | None = option(None, "test on a fixed random sample of each language", type=int)
     seed: int = option(0, "of head, adapters, dropout, data order and Rand", type=int)
-    fisher_every: int = option(0, "steps between two reports of tr(F); 0: each epoch", type=int)
+    fisher_every: int | None = option(None, "steps between two reports of tr(F); 0: each epoch", type=int)
     fisher_labels: str = option("sampled", "labels of tr(F)", choices=list(LABELS))
     fisher_batches: int = option(4, "training batches per measurement of tr(F)", type=int)
     device: str | None = option(None, "default: cuda when there is one", choices=["cpu", "cuda"])
     bf16: bool = option(False, "bfloat16 autocast", action="store_true")
+    save_every: int = option(500, "steps between two checkpoints", type=int)
     out: str | None = option(None, "the run's folder (default: runs/TASK-MODEL-METHOD-SEED)")
-    overwrite: bool = option(False, "replace a finished run", action="store_true")
-
-
-@dataclass(frozen=True)
-class LanguageSettings:
-    """The command line of `mlm`, with the paper's recipe for a language adapter that the hub lacks."""
-
-    task: str
-    language: str = option(None, "the language's code, and the adapter's name", required=True)
-    data: str = option(None, "a text file in UTF-8, a sentence or a paragraph a line", required=True)
-    model: str = option("FacebookAI/xlm-roberta-base", "a folder or a hub name (XLM-R, RoBERTa, BERT)")
-    epochs: int = option(100, "passes over the text", type=int)
-    steps: int | None = option(None, "training steps, instead of --epochs", type=int)
-    lr: float = option(1e-4, "learning rate at the start, linear to zero", type=float)
-    batch_size: int = option(64, "sequences per step", type=int)
-    max_length: int = option(512, "tokens per sequence", type=int)
-    seed: int = option(0, "of the adapter, dropout, masks and data order", type=int)
-    save_every: int = option(500, "steps between two saves", type=int)
-    device: str | None = option(None, "default: cuda when there is one", choices=["cpu", "cuda"])
-    bf16: bool = option(False, "bfloat16 autocast", action="store_true")
-    out: str | None = option(None, "the adapter's folder (default: runs/mlm-MODEL/LANGUAGE)")
     overwrite: bool = option(False, "start anew, and replace a finished run", action="store_true")
 
 
-def resolve(settings: Settings, model_type: str, layers: int, train_examples: int) -> Settings:
-    """Fill in the presets. Where Table 3 has no k, opening takes a fifth of the steps (kL/N = 0.2)."""
-    preset = PRESETS.get((settings.task, model_type)) or PRESETS[settings.task, "xlm-roberta"]
-    batch_size = settings.batch_size or preset["batch_size"]
-    per_epoch = math.ceil(train_examples / batch_size)
-    epochs = None if settings.steps else settings.epochs or preset["epochs"]
-    steps = settings.steps or epochs * per_epoch
-    by_method = preset["k"] or {"gu": max(1, round(0.2 * steps / layers))}
-    k = settings.k or by_method.get(settings.method, by_method["gu"])
-    return dataclasses.replace(settings, k=k, epochs=epochs, steps=steps, lr=settings.lr or preset["lr"],
-                               batch_size=batch_size)
-
-
-def check(settings: Settings | LanguageSettings) -> None:
-    """Refuse numbers that cannot work, before anything is loaded or written."""
-    least_values = {"k": 1, "epochs": 1, "steps": 1, "batch_size": 1, "max_length": 8, "train_examples": 1,
+def check(settings: Settings) -> None:
+    """Refuse what cannot work, before anything is loaded or written."""
+    least_values = {"k": 1, "epochs": 1, "steps": 0, "batch_size": 1, "max_length": 16, "train_examples": 1,
                     "test_examples": 1, "seed": 0, "fisher_every": 0, "fisher_batches": 1, "save_every": 1}
     for name, least in least_values.items():
-        value = getattr(settings, name, None)
+        value = getattr(settings, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if settings.seed >= 2**32:
@@ -226,71 +193,19 @@ def check(settings: Settings | LanguageSettings) -> None:
         raise UserError(f"--lr must be a positive number, not {settings.lr}")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
-    if isinstance(settings, LanguageSettings):
-        if not re.fullmatch(r"[\w-]+", settings.language):
-            raise UserError(f"--language must be a code such as th or zh-CN, not {settings.language!r}")
-        return
-    if settings.epochs and settings.steps:
+    if settings.epochs and settings.steps is not None:
         raise UserError("--epochs and --steps exclude each other: give one of them")
     if (settings.method == "order") != (settings.order is not None):
         raise UserError("--method order and --order 11,10,… go together: give both or neither")
-    if settings.data is None:
-        raise UserError(f"--data is missing: name the folder that holds train.en.jsonl for {settings.task}")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Model and language adapters
-# ------------------------------------------------------------------------------------------------------------
-
-
-def seeded_device(settings: Settings | LanguageSettings) -> torch.device:
-    """The device to train on, with random numbers from the seed and deterministic algorithms."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.manual_seed(settings.seed)
-    return torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def load_model(settings: Settings | LanguageSettings, head: type, patch: Callable, **config):
-    """Tokenizer, model with this head, and what `patch` adds to it; weights come from safetensors only."""
-    folder = Path(settings.model)
-    if folder.is_dir() and not list(folder.glob("model*.safetensors")):
-        raise UserError(f"model folder {folder} has no weights: put model.safetensors beside its config.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        model = head.from_pretrained(settings.model, use_safetensors=True, **config)
-        added = patch(model)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load model {settings.model!r} ({reason}): --model takes a folder with "
-                        "config.json, model.safetensors and a tokenizer, or a hub name") from None
-    positions = model.config.max_position_embeddings - (2 if "roberta" in model.config.model_type else 0)
-    if settings.max_length > positions:
-        raise UserError(f"--max-length {settings.max_length} is more than the model's {positions} positions")
-    return tokenizer, model, added
-
-
-def load_language_adapters(settings: Settings, model: nn.Module, languages: list[str]) -> dict:
-    """Load the language adapters, English first; returns by language the one to stack (None: no adapter)."""
-    source, is_hub = settings.language_adapters, settings.language_adapters == "auto"
-    if source == "none" or (is_hub and Path(settings.model).is_dir()):
-        return dict.fromkeys(languages)
-    stacked = {}
-    for language in languages:
-        place = Path(source, language)
-        if is_hub:
-            place = f"AdapterHub/{Path(settings.model).name}-{language}-wiki_pfeiffer"
-        try:
-            add_language_adapter(model, language, place)
-            stacked[language] = language
-        except ValueError as error:
-            raise UserError(f"--language-adapters {source}: {error}") from None
-        except FileNotFoundError as error:
-            if not is_hub and (place.is_dir() or language == "en"):  # the task adapter trains above English
-                raise UserError(f"--language-adapters {source}: {error}") from None
-            if language == "en":
-                return dict.fromkeys(languages)
-            stacked[language] = "en"
-    return stacked
+    if settings.data is None and not TASKS[settings.task].hub:
+        raise UserError(f"--data is missing: {settings.task} has no data of its own on the hub")
+    if settings.task != "mlm":
+        if settings.language is not None:
+            raise UserError("--language is for mlm: --languages names those that a task is tested in")
+    elif not re.fullmatch(r"[\w-]+", settings.language or ""):
+        raise UserError(f"--language must be a code such as th or zh-CN, not {settings.language!r}")
+    elif (settings.method, settings.adapter) != ("standard", "pfeiffer"):
+        raise UserError("mlm trains a language adapter as a whole: leave --method and --adapter out")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -299,39 +214,37 @@ def load_language_adapters(settings: Settings, model: nn.Module, languages: list
 
 
 def train(settings: Settings) -> None:
-    """One run, from the data to results.json in its folder."""
+    """One run, from the data to results.json in its folder; an interrupted one goes on from its checkpoint."""
     started = time.time()
     check(settings)
-    out = run_folder(settings, f"-{settings.method}-{settings.seed}")
-    splits, texts, labels = load_data(settings)
+    task, out = TASKS[settings.task], run_folder(settings)
+    splits, labels = load_data(settings)
     device = seeded_device(settings)
-    names = [str(label) for label in labels]
-    tokenizer, model, blocks = load_model(
-        settings, AutoModelForSequenceClassification,
-        {"pfeiffer": add_task_adapters, "lora": add_lora}[settings.adapter],
-        id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    tokenizer, model, blocks = load_model(settings, labels)
     languages = load_language_adapters(settings, model, list(splits)[2:])  # after train and validation
-    set_language(model, languages["en"])
     model.to(device)
-    settings = resolve(settings, model.config.model_type, len(blocks), len(splits["train"]))
-    for name, rows in splits.items():
-        splits[name] = encode(rows, texts, labels, tokenizer, settings.max_length)
-    examples, pad = splits["train"], DataCollatorWithPadding(tokenizer)
+    length = settings.max_length or task.max_length
+    encoded = {name: task.encode(rows, tokenizer, length, labels) for name, rows in splits.items()}
+    examples, pad = encoded["train"], task.collator(tokenizer)
+    settings = resolve(settings, model.config.model_type, len(blocks), len(splits["train"]), len(examples))
 
     def collate(examples: list[dict]) -> dict:
-        return {key: value.to(device) for key, value in pad(examples).items()}
+        inputs = [{key: value for key, value in example.items() if key not in ("row", "offsets")}
+                  for example in examples]
+        return {key: value.to(device) for key, value in pad(inputs).items()}
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
 
+    def evaluate(split: str, language: str) -> tuple[dict, list]:
+        outputs = predict(task, model, encoded[split], collate, autocast)
+        return task.score(splits[split], encoded[split], outputs, language, labels)
+
     # ONE optimizer over all that will ever train: built from the open blocks, it would never step later ones.
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=settings.lr, weight_decay=0.0)
-    factor = {"linear": lambda step: 1 - step / settings.steps, "constant": lambda step: 1.0}[settings.decay]
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)  # no warm-up
+    learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(learned.values(), lr=settings.lr, weight_decay=0.0)
 
     traces: dict[int, list[float]] = {}  # by step: FUN's choice and the report share one measurement
-    averages: list[float] = []
 
     def trace() -> list[float]:
         if step not in traces:
@@ -347,81 +260,170 @@ def train(settings: Settings) -> None:
 
     try:
         given = [int(block) for block in settings.order.split(",")] if settings.order else None
-        unfreezer = Unfreezer(blocks, settings.method, settings.k, trace, given, settings.seed)
+        method = "standard" if settings.method == "full" else settings.method
+        unfreezer = Unfreezer(blocks, method, settings.k, trace, given, settings.seed)
     except ValueError as error:
         raise UserError(f"--order {settings.order}: {error}") from None
-    introduce(settings, splits, len(blocks), languages, device)
-    log = start_log(out)
+    introduce(settings, splits, encoded, len(blocks), languages, device)
+    state = restore(out, settings, learned, optimizer, unfreezer)
+    log = start_log(out, keep=state is not None)
+    if state is None:
+        untrained, _ = evaluate("validation", settings.language or "en")
+        log("eval", 0, split="validation", language=settings.language or "en", **untrained)
+        state = {"step": 0, "losses": [], "averages": [], "seconds": 0, "untrained": untrained,
+                 "best": copied(learned), "validation": untrained}
+    metric = next(iter(state["untrained"]))
+    is_measured = bool(blocks) and settings.task != "mlm"
     per_epoch = math.ceil(len(examples) / settings.batch_size)
-    losses, best, best_accuracy = [], None, -1.0
-    progress = tqdm(range(settings.steps), desc=settings.method, mininterval=1, dynamic_ncols=True)
+    patience = math.ceil(50 / per_epoch)  # epochs between two validations: an epoch of COPA has 7 steps
+    progress = tqdm(range(state["step"], settings.steps), initial=state["step"], total=settings.steps,
+                    desc=settings.method, mininterval=1, dynamic_ncols=True)
     for step in progress:
         epoch, position = divmod(step, per_epoch)
-        if position == 0:
+        if position == 0 or step == state["step"]:
             order = train_order(settings.seed, epoch, len(examples))
         opened = unfreezer.step(step)  # Algorithm 1: add the blocks that SELECT() names to S
         if opened:
             log("open", step, blocks=opened)
-        if step in traces or step % (settings.fisher_every or per_epoch) == 0:
-            report_trace(log, step, trace(), unfreezer.trainable, averages)
+        if is_measured and (step in traces or step % (settings.fisher_every or per_epoch) == 0):
+            report_trace(log, step, trace(), unfreezer.trainable, state["averages"])
 
         model.train()
+        lr = settings.lr * (1 - step / settings.steps if settings.decay == "linear" else 1)  # no warm-up
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         chosen = order[position * settings.batch_size : (position + 1) * settings.batch_size]
         with autocast():
-            loss = model(**collate([examples[i] for i in chosen])).loss
+            loss = task.loss(model, collate([examples[i] for i in chosen]))
         loss.backward()  # reaches down to the lowest open block and no further
-        nn.utils.clip_grad_norm_(learned, 1.0)
+        nn.utils.clip_grad_norm_(learned.values(), 1.0)
         optimizer.step()  # a frozen block has grad=None and is left alone
         optimizer.zero_grad()
-        decay.step()
 
-        losses.append(loss.detach())
-        if (step + 1) % 10 == 0 or step + 1 == settings.steps:  # the only read-back from the device
-            value, losses = torch.stack(losses).mean().item(), []
+        state["losses"].append(loss.detach())
+        is_last = step + 1 == settings.steps
+        if (step + 1) % 10 == 0 or is_last:  # the only read-back from the device
+            value, state["losses"] = torch.stack(state["losses"]).mean().item(), []
             if not math.isfinite(value):
                 raise UserError(f"the loss is {value} near step {step}: lower --lr (now {settings.lr})")
-            log("train", step, loss=value, lr=decay.get_last_lr()[0])
+            log("train", step, loss=value, lr=lr)
             progress.set_postfix_str(f"loss {value:.3f}, open {len(unfreezer.trainable)}/{len(blocks)}")
-        if position + 1 == per_epoch or step + 1 == settings.steps:
-            validation = accuracy(model, splits["validation"], collate, autocast)
-            log("eval", step, split="validation", language="en", accuracy=validation)
-            if validation > best_accuracy:
-                best, best_accuracy = [parameter.detach().clone() for parameter in learned], validation
+        if position + 1 == per_epoch and (epoch + 1) % patience == 0 or is_last:
+            scores, _ = evaluate("validation", settings.language or "en")
+            log("eval", step, split="validation", language=settings.language or "en", **scores)
+            if scores[metric] > state["validation"][metric]:
+                state |= {"best": copied(learned), "validation": scores}
+        if (step + 1) % settings.save_every == 0 and not is_last:
+            if settings.task == "mlm":
+                save_weights(out, settings, model, tokenizer)  # usable from now on
+            seconds = state["seconds"] + time.time() - started
+            save_checkpoint(out, settings, learned, optimizer, unfreezer,
+                            state | {"step": step + 1, "seconds": seconds})
     step = settings.steps
-    report_trace(log, step, trace(), unfreezer.trainable, averages)
+    if is_measured:
+        report_trace(log, step, trace(), unfreezer.trainable, state["averages"])
 
     with torch.no_grad():
-        for parameter, value in zip(learned, best):
-            parameter.copy_(value)
+        for name, parameter in learned.items():
+            parameter.copy_(state["best"][name])
     scores = {}
     for language in tqdm(languages, desc="testing"):
-        set_language(model, languages[language])  # zero-shot: the task adapter stays
-        scores[language] = {"accuracy": accuracy(model, splits[language], collate, autocast)}
+        if blocks:
+            set_language(model, languages[language])  # zero-shot: the task adapter stays
+        scores[language], predictions = evaluate(language, language)
         log("eval", step, split="test", language=language, **scores[language])
-    save_adapter(model, "task", out / "adapter", with_head=False)
-    save_head(model, out / "head")
-    save_results(out, settings, unfreezer.history, scores, languages, best_accuracy, time.time() - started)
-
-
-def save_results(out: Path, settings: Settings, order: list, scores: dict, languages: dict, validation: float,
-                 seconds: float) -> None:
-    """Write results.json, the last file of a run: it marks the run as finished."""
-    targets = [score["accuracy"] for language, score in scores.items() if language != "en"]
+        write_lines(out / "predictions" / f"{language}.jsonl", predictions)
+    save_weights(out, settings, model, tokenizer)
+    targets = [score for language, score in scores.items() if language != "en"]
     results = {
-        "task": settings.task, "method": settings.method, "adapter": settings.adapter,
+        "task": settings.task, "method": settings.method,
+        "adapter": "none" if settings.method == "full" else settings.adapter,
         "model": settings.model, "seed": settings.seed, "k": settings.k, "steps": settings.steps,
-        "order": order, "scores": scores,
-        "average": {"accuracy": mean(targets)} if targets else {}, "validation": {"accuracy": validation},
-        "language_adapters": languages, "settings": dataclasses.asdict(settings),
-        "wall_seconds": round(seconds, 1), "versions": versions(),
-    }
-    write_json(out / "results.json", results)
-    print(f"{out}: English {scores['en']['accuracy']:.1f}, mean of {len(targets)} target languages "
-          f"{mean(targets or [math.nan]):.1f}, {seconds:.0f} s")
+        "order": unfreezer.history, "scores": scores,
+        "average": {name: mean(score[name] for score in targets) for name in targets[0]} if targets else {},
+        "validation": state["validation"], "untrained": state["untrained"],
+        "train_examples": len(splits["train"]), "language_adapters": languages,
+        "settings": dataclasses.asdict(settings),
+        "wall_seconds": round(state["seconds"] + time.time() - started, 1), "versions": versions()}
+    write_json(out / "results.json", results)  # the last file of a run: it marks the run as finished
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    conclude(out, results, metric)
+
+
+def seeded_device(settings: Settings) -> torch.device:
+    """The device to train on, with random numbers from the seed and deterministic algorithms."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(settings.seed)
+    return torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def copied(learned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in learned.items()}
+
+
+def save_weights(out: Path, settings: Settings, model: nn.Module, tokenizer) -> None:
+    """What was trained, in AdapterHub's format; with --method full the whole model, in Hugging Face's."""
+    if settings.method == "full":
+        temporary = out / "model.tmp"
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(out / "model", ignore_errors=True)
+        temporary.rename(out / "model")
+    elif settings.task == "mlm":
+        save_adapter(model, settings.language, out)  # the folder is the adapter
+        save_head(model, out)
+    else:
+        save_adapter(model, "task", out / "adapter", with_head=False)
+        save_head(model, out / "head")
+
+
+def save_checkpoint(out: Path, settings: Settings, learned: dict, optimizer, unfreezer: Unfreezer, state: dict):
+    """Write checkpoint.pt: all that the rest of the run depends on, except the frozen base model."""
+    rng = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state()
+    temporary = out / "checkpoint.tmp"
+    torch.save({"settings": dataclasses.asdict(settings), "learned": copied(learned), "rng": rng,
+                "optimizer": optimizer.state_dict(), "unfreezer": unfreezer.state_dict(), "state": state,
+                "log_bytes": (out / "log.jsonl").stat().st_size}, temporary)
+    temporary.replace(out / "checkpoint.pt")
+
+
+def restore(out: Path, settings: Settings, learned: dict, optimizer, unfreezer: Unfreezer) -> dict | None:
+    """Continue from checkpoint.pt if there is one; returns the loop's state, or None."""
+    path = out / "checkpoint.pt"
+    if settings.overwrite or not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        given = {name: (saved["settings"].get(name), value)
+                 for name, value in dataclasses.asdict(settings).items()}
+    except Exception:  # whatever a damaged file provokes
+        raise UserError(f"{path} is damaged: pass --overwrite to start anew") from None
+    for name, (then, now) in given.items():
+        if then != now and name not in ("out", "overwrite", "save_every", "device"):
+            raise UserError(f"{path} is of a run with --{name.replace('_', '-')} {then}, not {now}: give the "
+                            "same options, or --overwrite to start anew")
+    with torch.no_grad():
+        for name, parameter in learned.items():
+            parameter.copy_(saved["learned"][name])
+    optimizer.load_state_dict(saved["optimizer"])
+    unfreezer.load_state_dict(saved["unfreezer"])
+    torch.set_rng_state(saved["rng"]["cpu"])
+    if "cuda" in saved["rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    os.truncate(out / "log.jsonl", saved["log_bytes"])  # what was logged after the checkpoint is done again
+    print(f"continuing from step {saved['state']['step']}", flush=True)
+    return saved["state"]
 
 
 def write_json(path: Path, content: dict) -> None:
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def versions() -> dict[str, str]:
@@ -429,15 +431,18 @@ def versions() -> dict[str, str]:
             "transformers": transformers.__version__}
 
 
-def run_folder(settings: Settings | LanguageSettings, default: str) -> Path:
+def run_folder(settings: Settings) -> Path:
     """Where the run goes; a finished run there is refused unless --overwrite."""
-    out = Path(settings.out or f"runs/{settings.task}-{Path(settings.model).name}{default}")
+    kind = "-lora" if settings.adapter == "lora" and settings.method != "full" else ""
+    kind += f"-{settings.train_examples}" if settings.train_examples else ""
+    run = f"/{settings.language}" if settings.task == "mlm" else f"{kind}-{settings.method}-{settings.seed}"
+    out = Path(settings.out or f"runs/{settings.task}-{Path(settings.model).name}{run}")
     if (out / "results.json").exists() and not settings.overwrite:
         raise UserError(f"{out} holds a finished run: choose another --out or pass --overwrite")
     return out
 
 
-def start_log(out: Path, keep: bool = False) -> Callable:
+def start_log(out: Path, keep: bool) -> Callable:
     """Begin log.jsonl in the run's folder; returns log(event, step, **fields), which appends one line."""
     out.mkdir(parents=True, exist_ok=True)
     if not keep:
@@ -452,22 +457,40 @@ def start_log(out: Path, keep: bool = False) -> Callable:
     return log
 
 
-def introduce(settings: Settings, splits: dict, blocks: int, languages: dict, device: torch.device) -> None:
+def introduce(settings: Settings, splits: dict, encoded: dict, blocks: int, languages: dict,
+              device: torch.device) -> None:
     """Print the resolved settings, so that nothing that shaped a run is hidden."""
-    print(f"\n{settings.task}, {settings.method}: {len(splits['train'])} training examples, {settings.steps} "
-          f"steps of {settings.batch_size}, lr {settings.lr:g}, k {settings.k}, {blocks} blocks, seed "
-          f"{settings.seed}, {device}; {len(splits['validation'])} validation examples; "
-          f"test languages {' '.join(languages)}")
+    windows = len(encoded["train"])
+    print(f"\n{settings.task}, {settings.method}: {len(splits['train'])} training examples"
+          f"{f' in {windows} sequences' * (windows != len(splits['train']))}, {settings.steps} steps of "
+          f"{settings.batch_size}, lr {settings.lr:g} {settings.decay}, k {settings.k}, {blocks} blocks, "
+          f"{settings.max_length} tokens, seed {settings.seed}, {device}; {len(splits['validation'])} validation "
+          f"examples; test languages {' '.join(languages) or 'none'}")
     own = [language for language, stacked in languages.items() if language == stacked]
     lacking = [language for language, stacked in languages.items() if language != stacked]
     if own:
         print(f"language adapters: {' '.join(own)}" + (
-            f"; none for {' '.join(lacking)}, tested with the English one" if lacking else ""), flush=True)
-    elif settings.language_adapters != "none":
-        print(f"no language adapters for {settings.model}; --language-adapters FOLDER adds them", flush=True)
-    last = settings.k * {"standard": 0, "none": 0, "lpft": 1}.get(settings.method, blocks - 1)
-    if last >= settings.steps:
+            f"; none for {' '.join(lacking)}, tested with the English one" if lacking else ""))
+    elif settings.language_adapters != "none" and languages:
+        print(f"no language adapters for {settings.model}; --language-adapters FOLDER adds them")
+    if "offsets" in encoded["train"][0]:
+        counts = {name: unreachable(rows, encoded[name]) for name, rows in splits.items()}
+        print("answers in no window + answers that begin or end inside a token, of all: " + ", ".join(
+            f"{name} {lost} + {inexact} of {len(splits[name])}" for name, (lost, inexact) in counts.items()))
+    last = settings.k * {"standard": 0, "none": 0, "full": 0, "lpft": 1}.get(settings.method, blocks - 1)
+    if last >= settings.steps > 0:
         print(f"note: k {settings.k} would open the last block at step {last} of {settings.steps}; lower --k")
+    sys.stdout.flush()
+
+
+def conclude(out: Path, results: dict, metric: str) -> None:
+    line = (f"{out}: validation {metric} {results['validation'][metric]:.1f} "
+            f"(untrained {results['untrained'][metric]:.1f})")
+    if results["scores"]:
+        line += f"; English {results['scores']['en'][metric]:.1f}"
+    if results["average"]:
+        line += f", mean of {len(results['scores']) - 1} target languages {results['average'][metric]:.1f}"
+    print(f"{line}; {results['wall_seconds']:.0f} s")
 
 
 def train_order(seed: int, epoch: int, examples: int) -> list[int]:
@@ -501,146 +524,34 @@ def report_trace(log: Callable, step: int, trace: list[float], trainable: list[i
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A language adapter, by masked-language modelling (MAD-X, section 3)
-# ------------------------------------------------------------------------------------------------------------
-
-
-def train_language(settings: LanguageSettings) -> None:
-    """Train a new language adapter on a text file; its folder then serves as one of --language-adapters.
-
-    All that is random in a step (dropout, masks) comes from the seed and the step's number, and the order of
-    the sequences from seed and epoch, so a run continued from its checkpoint ends in the very same bits.
-    The adapter learns, and the masked-LM head with it; the base model is frozen.
-    """
-    started = time.time()
-    check(settings)
-    out = run_folder(settings, f"/{settings.language}")
-    device = seeded_device(settings)
-    tokenizer, model, modules = load_model(settings, AutoModelForMaskedLM,
-                                           lambda model: add_language_adapter(model, settings.language))
-    for module in modules:
-        module.requires_grad_(True)
-    set_language(model, settings.language)
-    model.to(device)
-    sequences = read_text(Path(settings.data), tokenizer, settings.max_length)  # [N, T]
-    is_held_out = torch.arange(len(sequences)) % 20 == 0
-    held_out, sequences = sequences[is_held_out][:64], sequences[~is_held_out]
-    mask = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
-
-    def loss_of(chosen: torch.Tensor, seed: int) -> torch.Tensor:
-        torch.manual_seed(seed)
-        inputs = mask([{"input_ids": sequence} for sequence in chosen])
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-            return masked_loss(model, *(inputs[key].to(device) for key in ("input_ids", "labels")))
-
-    @torch.inference_mode()
-    def report_loss(step: int) -> float:
-        model.eval()  # the same masks each time
-        loss = mean(loss_of(part, seed=i).item() for i, part in enumerate(held_out.split(8)))
-        log("eval", step, split="validation", language=settings.language, loss=loss)
-        return loss
-
-    per_epoch = math.ceil(len(sequences) / settings.batch_size)
-    steps = settings.steps or settings.epochs * per_epoch
-    learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(learned.values(), lr=settings.lr, weight_decay=0.0)
-    done, losses = restore(out, settings, learned, optimizer)
-    print(f"\nmlm, {settings.language}: {len(sequences)} sequences of {settings.max_length} tokens, {steps} "
-          f"steps of {settings.batch_size}, lr {settings.lr:g}, seed {settings.seed}, {device}, {done} done")
-    log = start_log(out, keep=done > 0)
-    losses = losses or [report_loss(0)]  # at step 0 and at each save
-    for step in tqdm(range(done, steps), initial=done, total=steps, desc=settings.language, mininterval=1):
-        epoch, position = divmod(step, per_epoch)
-        if position == 0 or step == done:
-            order = train_order(settings.seed, epoch, len(sequences))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * (1 - step / steps)
-        model.train()
-        chosen = order[position * settings.batch_size : (position + 1) * settings.batch_size]
-        loss = loss_of(sequences[chosen], settings.seed * 100_000_007 + step)
-        loss.backward()
-        nn.utils.clip_grad_norm_(learned.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % settings.save_every == 0 or step + 1 == steps:
-            if not math.isfinite(loss.item()):
-                raise UserError(f"the loss is {loss.item()} at step {step}: lower --lr (now {settings.lr})")
-            log("train", step, loss=loss.item())
-            losses.append(report_loss(step + 1))
-            save_adapter(model, settings.language, out)
-            save_checkpoint(out, settings, learned, optimizer, step + 1, losses)
-    save_head(model, out)
-    write_json(out / "results.json", {
-        "task": "mlm", "language": settings.language, "model": settings.model, "seed": settings.seed,
-        "steps": steps, "losses": losses, "settings": dataclasses.asdict(settings),
-        "wall_seconds": round(time.time() - started, 1), "versions": versions()})
-    (out / "checkpoint.pt").unlink()
-    print(f"{out}: masked-LM loss on held-out text {losses[0]:.3f} before, {losses[-1]:.3f} after")
-
-
-def masked_loss(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The model's own masked-LM loss, with the vocabulary's logits computed at the masked tokens only."""
-    head = model.lm_head if hasattr(model, "lm_head") else model.cls
-    hidden, masked = model.base_model(input_ids)[0], labels != -100  # [B, T, H]; -100: not masked
-    return nn.functional.cross_entropy(head(hidden[masked]).float(), labels[masked])  # [M, V], [M]
-
-
-def save_checkpoint(out: Path, settings: LanguageSettings, learned: dict, optimizer, step: int, losses: list):
-    """Write checkpoint.pt: all that the rest of the run depends on, except the frozen base model."""
-    state = {"settings": dataclasses.asdict(settings), "step": step, "optimizer": optimizer.state_dict(),
-             "losses": losses, "learned": {name: parameter.detach() for name, parameter in learned.items()},
-             "log_bytes": (out / "log.jsonl").stat().st_size}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(out / "checkpoint.pt", buffer.getvalue())
-
-
-def restore(out: Path, settings: LanguageSettings, learned: dict, optimizer) -> tuple[int, list]:
-    """Continue from checkpoint.pt if there is one; returns the number of steps done and the losses so far."""
-    path = out / "checkpoint.pt"
-    if settings.overwrite or not path.exists():
-        return 0, []
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved, step, losses, log_bytes = (state[key] for key in ("settings", "step", "losses", "log_bytes"))
-    except Exception:  # whatever a damaged file provokes
-        raise UserError(f"{path} is damaged: pass --overwrite to start anew") from None
-    for name, value in dataclasses.asdict(settings).items():
-        if value != saved.get(name) and name not in ("out", "overwrite", "save_every", "device"):
-            raise UserError(f"{path} is of a run with --{name.replace('_', '-')} {saved.get(name)}, not "
-                            f"{value}: give the same options, or --overwrite to start anew")
-    with torch.no_grad():
-        for name, parameter in learned.items():
-            parameter.copy_(state["learned"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    os.truncate(out / "log.jsonl", log_bytes)  # what was logged after the checkpoint is done again
-    return step, losses
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Report
 # ------------------------------------------------------------------------------------------------------------
 
 
-def report(folders: list[str]) -> None:
-    """Print a Markdown table per task and model over finished runs: methods by row, mean ± std over seeds."""
-    tables: dict[str, dict[str, list[dict]]] = {}
-    for folder in folders:
-        try:
-            run = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-            stacked = ", above language adapters" * any(run.get("language_adapters", {}).values())
-            title = f"{run['task']}, {run['model']}, {run['adapter']}{stacked}"
-            tables.setdefault(title, {}).setdefault(run["method"], []).append(run)
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"no readable results.json in {folder}: report takes finished runs") from None
-    if not tables:
-        raise UserError("report needs folders of finished runs, for example runs/*")
-    for title, methods in tables.items():
-        methods = {method: methods[method] for method in SELECT if method in methods} | methods
+def report(arguments: list[str]) -> None:
+    """Print a Markdown table for each group of comparable runs, and draw their curves with --plot."""
+    parser = argparse.ArgumentParser(prog="unfreeze.py report", allow_abbrev=False)
+    parser.error = refuse
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's folder")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="tr(F), opening orders, validation scores")
+    given = parser.parse_args(arguments)
+    groups: dict[str, dict[str, list[dict]]] = {}
+    for folder in given.folders:
+        if not (folder / "results.json").exists():
+            print(f"note: {folder} holds no finished run and is left out")
+            continue
+        run = read_run(folder)
+        stacked = ", above language adapters" * any(run.get("language_adapters", {}).values())
+        size = f", {run['train_examples']} training examples" if "train_examples" in run else ""
+        title = f"{run['task']}, {run['model']}, {run['adapter']}{size}, {len(run['scores'])} languages{stacked}"
+        groups.setdefault(title, {}).setdefault(run["method"], []).append(run)
+    if not groups:
+        raise UserError("report found no finished run: name folders that hold a results.json, such as runs/*")
+    for title, methods in groups.items():
+        methods = {method: methods[method] for method in [*SELECT, "full"] if method in methods}
+        groups[title] = methods
         print(f"\n{title}\n")
-        rows = [["method", "seeds", "English", "mean of targets", "over standard", "five weakest languages",
-                 "opening order", "seconds"]]
-        rows += [report_row(method, runs, methods.get("standard", [])) for method, runs in methods.items()]
+        rows = table(methods)
         widths = [max(map(len, column)) for column in zip(*rows)]
         rows.insert(1, ["-" * width for width in widths])
         for row in rows:
@@ -649,21 +560,69 @@ def report(folders: list[str]) -> None:
             for run in runs if len({opening_order(run) for run in runs}) > 1 else []:
                 print(f"\n{method}, seed {run['seed']}, opened {opening_order(run)}", end="")
         print()
+    if given.plot:
+        plot(groups, given.plot)
 
 
-def report_row(method: str, runs: list[dict], standard: list[dict]) -> list[str]:
-    """One method's cells; "over standard" pairs runs of one seed and gives mean ± std of the differences."""
-    baseline = {run["seed"]: run["average"].get("accuracy", math.nan) for run in standard}
-    gains = [run["average"].get("accuracy", math.nan) - baseline[run["seed"]]
-             for run in runs if run["seed"] in baseline and method != "standard"]
-    by_language = [(mean(run["scores"][language]["accuracy"] for run in runs), language)
-                   for language in runs[0]["scores"] if language != "en"]
-    orders = {opening_order(run) for run in runs}
-    return [method, str(len(runs)), spread([run["scores"]["en"]["accuracy"] for run in runs]),
-            spread([run["average"].get("accuracy", math.nan) for run in runs]), spread(gains, "+"),
-            ", ".join(f"{language} {value:.1f}" for value, language in sorted(by_language)[:5]),
-            orders.pop() if len(orders) == 1 else "by seed, below",
-            f"{mean(run['wall_seconds'] for run in runs):.0f}"]
+def read_run(folder: Path) -> dict:
+    """A run's results, checked as far as the report reads them."""
+    path = folder / "results.json"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        run["folder"] = folder
+        assert all(isinstance(run[key], str) for key in ("task", "model", "adapter", "method"))
+        assert run["task"] in TASKS and run["method"] in [*SELECT, "full"]
+        metrics = run["scores"]["en"].keys()
+        for score in (*run["scores"].values(), run["average"] or run["scores"]["en"]):
+            assert score.keys() == metrics and all(isinstance(value, (int, float)) for value in score.values())
+        assert all(len([int(step), int(block)]) == 2 for step, block in run["order"])
+        assert isinstance(run["seed"] + run["wall_seconds"] + run.get("train_examples", 0), (int, float))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        raise UserError(f"{path} is damaged or of no task run: leave {folder} out, or run it again") from None
+    return run
+
+
+def table(methods: dict[str, list[dict]]) -> list[list[str]]:
+    """Scores by row and methods by column, mean ± sample standard deviation over seeds."""
+    first = next(iter(methods.values()))[0]
+    metrics, targets = list(first["scores"]["en"]), [key for key in first["scores"] if key != "en"]
+    rows = [["", *methods], ["seeds", *(str(len(runs)) for runs in methods.values())]]
+
+    def add(name: str, cell: Callable) -> None:
+        rows.append([name, *(cell(runs) for runs in methods.values())])
+
+    def average(run: dict, metric: str) -> float:
+        return run["average"].get(metric, math.nan)
+
+    def gain(runs: list[dict], metric: str) -> str:  # runs of one seed are paired
+        baseline = {run["seed"]: average(run, metric) for run in methods.get("standard", [])}
+        return spread([average(run, metric) - baseline[run["seed"]] for run in runs
+                       if run["seed"] in baseline and run["method"] != "standard"], "+")
+
+    def difference(runs: list[dict], metric: str) -> str:
+        figure = paper_figure(runs[0], metric)
+        return "-" if figure == "-" else \
+            f"{mean(average(run, metric) for run in runs) - float(figure.split('±')[0]):+.1f}"
+
+    for metric in metrics:
+        add(f"English, {metric}", lambda runs: spread([run["scores"]["en"][metric] for run in runs]))
+        add(f"mean of targets, {metric}", lambda runs: spread([average(run, metric) for run in runs]))
+        add("over standard", lambda runs: gain(runs, metric))
+        if any(paper_figure(runs[0], metric) != "-" for runs in methods.values()):
+            note = "" if all(is_papers_setting(run) for runs in methods.values() for run in runs) else \
+                " (another model or more data)"
+            add(f"the paper's{note}", lambda runs: paper_figure(runs[0], metric))
+            add("difference", lambda runs: difference(runs, metric))
+    by_language = {method: {language: mean(run["scores"][language][metrics[0]] for run in runs)
+                            for language in targets} for method, runs in methods.items()}
+    lowest = [min(scores, key=scores.get, default=None) for scores in by_language.values()]
+    rows.append(["lowest language", *(f"{language} {scores[language]:.1f}" if language else "-"
+                                      for language, scores in zip(lowest, by_language.values()))])
+    for language in targets:
+        add(language, lambda runs: spread([run["scores"][language][metrics[0]] for run in runs]))
+    add("opened", lambda runs: opening_order(runs[0]) if len(set(map(opening_order, runs))) == 1 else "see below")
+    add("seconds", lambda runs: f"{mean(run['wall_seconds'] for run in runs):.0f}")
+    return rows
 
 
 def spread(values: list[float], sign: str = "") -> str:
@@ -681,24 +640,72 @@ def opening_order(run: dict) -> str:
     return " ".join(str(block) for _, block in run["order"]) or "none"
 
 
+def plot(groups: dict[str, dict[str, list[dict]]], path: Path) -> None:
+    """A row of panels per group: tr(F) per open block, opening orders, validation score over tr(F)
+    (the paper's Figures 3, 5 and 4). Curves are read from log.jsonl; runs without one lack them."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    figure, panels = pyplot.subplots(len(groups), 3, figsize=(15, 4 * len(groups)), squeeze=False)
+    colours = dict(zip([*SELECT, "full"], matplotlib.colormaps["tab10"].colors))
+    for (title, methods), (curve, orders, scores) in zip(groups.items(), panels):
+        for method, runs in methods.items():
+            logs = [[json.loads(line) for line in (run["folder"] / "log.jsonl").open(encoding="utf-8")]
+                    for run in runs if (run["folder"] / "log.jsonl").exists()]
+            style = {"color": colours[method], "label": method}
+            for log in logs:
+                traces = [event for event in log if event["event"] == "fisher" and event["trainable"]]
+                curve.plot([event["step"] for event in traces],
+                           [event["moving_average"] for event in traces], **style)
+                points = [([trace for trace in traces if trace["step"] <= event["step"] + 1], event)
+                          for event in log if event.get("split") == "validation"]
+                metric = next(iter(runs[0]["scores"]["en"]))
+                points = [(before[-1]["moving_average"], event[metric]) for before, event in points if before]
+                scores.plot(*zip(*points) if points else ([], []), marker="o", markersize=3, **style)
+                style.pop("label", None)
+            if all(len({step for step, _ in run["order"]}) > 1 for run in runs):  # one after the other
+                positions = {}
+                for run in runs:
+                    for position, (_, block) in enumerate(run["order"]):
+                        positions.setdefault(block, []).append(position)
+                blocks = sorted(positions)
+                orders.plot(blocks, [mean(positions[block]) for block in blocks], marker="o", label=method,
+                            color=colours[method])
+        top = max((block for runs in methods.values() for run in runs for _, block in run["order"]), default=0)
+        orders.plot([0, top], [top, 0], linestyle=":", color="grey", label="GU's diagonal")
+        for panel, x, y in ((curve, "step", "tr(F) per open block, moving average"),
+                            (orders, "block (0: bottom)", "mean position in the opening order"),
+                            (scores, "tr(F) per open block, moving average", "validation score")):
+            panel.set(xlabel=x, ylabel=y)
+            panel.legend(fontsize="small")
+        curve.set_title(title, loc="left", fontsize="medium")
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=120)
+    pyplot.close(figure)
+    write_atomically(path, buffer.getvalue())
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
 
-def parse(arguments: list[str]) -> Settings | LanguageSettings:
-    kind = LanguageSettings if arguments[:1] == ["mlm"] else Settings
-    summary = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog="unfreeze.py", description=summary, allow_abbrev=False)
+def refuse(message: str):
+    raise UserError(f"{message} (see python unfreeze.py --help)")
 
-    def refuse(message: str):
-        raise UserError(f"{message} (see python unfreeze.py --help)")
 
+def parse(arguments: list[str]) -> Settings:
+    parser = argparse.ArgumentParser(prog="unfreeze.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = refuse
-    parser.add_argument("task", choices=[*TASKS, "mlm"], help="or `report FOLDER…`: a table of finished runs")
-    for entry in dataclasses.fields(kind)[1:]:
+    parser.add_argument("task", choices=list(TASKS), help="or `report FOLDER…`: tables over finished runs")
+    for entry in dataclasses.fields(Settings)[1:]:
         parser.add_argument("--" + entry.name.replace("_", "-"), default=entry.default, **entry.metadata)
-    return kind(**vars(parser.parse_args(arguments)))
+    given = vars(parser.parse_args(arguments))
+    return Settings(**given | {"method": given["method"] or ("standard" if given["task"] == "mlm" else "gu")})
 
 
 def main(arguments: list[str]) -> int:
@@ -715,8 +722,7 @@ def main(arguments: list[str]) -> int:
         if arguments[:1] == ["report"]:
             report(arguments[1:])
         else:
-            settings = parse(arguments)
-            train_language(settings) if isinstance(settings, LanguageSettings) else train(settings)
+            train(parse(arguments))
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -726,8 +732,8 @@ def main(arguments: list[str]) -> int:
               "permissions and the space on its disk, or choose another --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        what = "continues from the last save, if any" if arguments[:1] == ["mlm"] else "starts the run anew"
-        print(f"interrupted: the same command {what}", file=sys.stderr)
+        print("interrupted: the same command goes on from the last checkpoint (--save-every), if any, or starts "
+              "anew", file=sys.stderr)
         return interrupt.args[0]
 
 
