@@ -573,6 +573,7 @@ def read_run(folder: Path) -> dict:
         assert all(isinstance(run[key], str) for key in ("task", "model", "adapter", "method"))
         assert run["task"] in TASKS and run["method"] in [*SELECT, "full"]
         metrics = run["scores"]["en"].keys()
+        assert isinstance(run["average"], dict)
         for score in (*run["scores"].values(), run["average"] or run["scores"]["en"]):
             assert score.keys() == metrics and all(isinstance(value, (int, float)) for value in score.values())
         assert all(len([int(step), int(block)]) == 2 for step, block in run["order"])
