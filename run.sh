@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Sets up an environment where none is active, then trains, compares or tests.
 #
+#   bash run.sh TASK [METHOD] [options]     one run of `python unfreeze.py TASK --method METHOD`
+#   bash run.sh TASK all [options]          every method with seeds 0 to 3, then a table of them
 #   bash run.sh demo [options]              standard, gu and fun on a small real model and real data
 #   bash run.sh demo METHOD|all [options]   one method; all: standard, gu, fun, rand and rev with seeds 0 to 3
-#   bash run.sh TASK [METHOD] [options]     one run of `python unfreeze.py TASK --method METHOD`
 #   bash run.sh test [options]              the tests; options go to pytest
 #
-# Options go to unfreeze.py (python unfreeze.py --help). The demo's runs go to runs/demo-METHOD-SEED; finished
-# ones are kept unless --overwrite is among the options.
+# TASK: xnli, xquad, mlqa, xcopa, classify. Options go to unfreeze.py (python unfreeze.py --help). Comparisons keep
+# finished runs and continue unfinished ones, unless --overwrite is given; --method "gu fun" and --seed "0 1" choose
+# among them. Runs go to runs/TASK-MODEL-METHOD-SEED, the demo's to runs/demo-METHOD-SEED.
 set -euo pipefail
-started_in=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 fail() {
     echo "error: $1" >&2
@@ -19,44 +20,59 @@ fail() {
 
 set_up() {  # an active virtual environment or conda environment is used as it is
     [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]] || return 0
-    if ! cmp -s requirements.txt .venv/installed; then
+    if ! cmp -s "$here/requirements.txt" "$here/.venv/installed"; then
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "python3 must be 3.11 or later"
         echo "installing requirements.txt into .venv"
-        python3 -m venv .venv
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
+        python3 -m venv "$here/.venv"
+        "$here/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt" ||
             fail "requirements.txt could not be installed: check the network and run again"
-        cp requirements.txt .venv/installed
+        cp "$here/requirements.txt" "$here/.venv/installed"
     fi
-    source .venv/bin/activate
+    source "$here/.venv/bin/activate"
 }
 
-demo() {  # METHODS SEEDS [options]
-    local methods=$1 seeds=$2 options=() runs=() seed method run
-    shift 2
-    while (($#)); do  # method and seed name the folder, so they are taken out of the options
+compare() {  # NAME METHODS SEEDS TASK [options]: runs/NAME-METHOD-SEED, then a table
+    local name=$1 methods=$2 seeds=$3 options=("$4") runs=() model=xlm-roberta-base kind="" size="" seed method run
+    shift 4
+    while (($#)); do
+        case $1 in  # what names a run's folder is read; method, seed and folder are given by the loop below
+            --method=* | --seed=* | --model=* | --adapter=* | --train-examples=* | --out=*)
+                set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
+        esac
         case $1 in
-            --method | --seed | --out) set -- "$1=${2:-}" "${@:3}" && continue ;;
-            --method=*) methods=${1#*=} ;;
-            --seed=*) seeds=${1#*=} ;;
-            --out=*) fail "the demo has folders of its own; --out is for \`bash run.sh classify\`" ;;
+            --method | --seed | --model | --adapter | --train-examples) (($# > 1)) || fail "$1 needs a value" ;;
+        esac
+        case $1 in
+            --method) methods=$2 && shift ;;
+            --seed) seeds=$2 && shift ;;
+            --out) fail "a comparison has folders of its own (runs/$name…); --out is for a single run" ;;
+            --model) model=${2%/} && options+=("$1" "$2") && shift ;;
+            --adapter) kind=-$2 && options+=("$1" "$2") && shift ;;
+            --train-examples) size=-$2 && options+=("$1" "$2") && shift ;;
             *) options+=("$1") ;;
         esac
         shift
     done
-    python extras/demo.py
+    [[ $name == demo ]] || name+=-${model##*/}
+    [[ $kind == -lora ]] || kind=""
     for seed in $seeds; do
         for method in $methods; do
-            run=runs/demo-$method-$seed
+            run=runs/$name$([[ $method == full ]] || echo "$kind")$size-$method-$seed
             runs+=("$run")
-            if [[ -f $run/results.json && " ${options[*]-} " != *" --overwrite "* ]]; then
+            if [[ -f $run/results.json && " ${options[*]} " != *" --overwrite "* ]]; then
                 echo "$run is finished and kept (--overwrite redoes it)"
             else
-                python unfreeze.py classify --model demo/model --data demo/data --method "$method" \
-                    --seed "$seed" --out "$run" ${options[@]+"${options[@]}"}
+                python "$here/unfreeze.py" "${options[@]}" --method "$method" --seed "$seed" --out "$run"
             fi
         done
     done
-    python unfreeze.py report "${runs[@]}"
+    python "$here/unfreeze.py" report "${runs[@]}"
+}
+
+demo() {  # METHODS SEEDS [options]
+    cd "$here"
+    python extras/demo.py
+    compare demo "$1" "$2" classify --model demo/model --data demo/data "${@:3}"
 }
 
 task=${1:-help}
@@ -67,8 +83,8 @@ if [[ $# -gt 0 && $1 != -* ]]; then
     shift
 fi
 case $task in
-    help | -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' run.sh ;;
-    test) set_up && python -m pytest test_core.py ${method:+"$method"} "$@" ;;
+    help | -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" ;;
+    test) set_up && cd "$here" && python -m pytest test_core.py ${method:+"$method"} "$@" ;;
     demo)
         set_up
         case $method in
@@ -78,6 +94,9 @@ case $task in
         esac ;;
     *)
         set_up
-        cd "$started_in"  # --data and --out are the caller's
-        python "$OLDPWD/unfreeze.py" "$task" ${method:+--method "$method"} "$@" ;;
+        if [[ $method == all ]]; then
+            compare "$task" "standard gu lpft rand rev fun full" "0 1 2 3" "$task" "$@"
+        else
+            python "$here/unfreeze.py" "$task" ${method:+--method "$method"} "$@"
+        fi ;;
 esac

@@ -1989,6 +1989,51 @@ def test_a_run_that_is_cut_off_anywhere_ends_in_the_very_same_bits(options, asse
     assert ends[0] == ends[1] and Path("checkpoint.pt") not in ends[0]
 
 
+def test_all_makes_every_run_once_continues_and_ends_in_the_table(assets, tmp_path):
+    data = write_task(tmp_path / "data", "xcopa")
+    environment = os.environ | {"VIRTUAL_ENV": "active", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def run_all(*options) -> subprocess.CompletedProcess:
+        arguments = task_command("xcopa", assets, data, tmp_path / "unused", *options)
+        place = arguments.index("--out")
+        del arguments[place : place + 2]
+        return subprocess.run(["bash", HERE / "run.sh", "xcopa", "all", *arguments[1:]], cwd=tmp_path, text=True,
+                              capture_output=True, env=environment)
+
+    options = ["--method", "lpft gu", "--seed=0 1", "--adapter", "lora", "--train-examples", 20, "--save-every", 2]
+    folder = tmp_path / "runs/xcopa-model-lora-20-gu-1"
+    folder.mkdir(parents=True)  # left by an interrupted run
+    single = ["--method", "gu", "--seed", 1, "--adapter", "lora", "--train-examples", 20, "--save-every", 2]
+    arguments = task_command("xcopa", assets, data, folder, *single)
+    assert subprocess.run([sys.executable, "-c", f"""
+import sys, torch, unfreeze
+step, calls = torch.optim.AdamW.step, []
+def failing(optimizer):
+    calls.append(step(optimizer))
+    if len(calls) == 4: raise KeyboardInterrupt(130)
+torch.optim.AdamW.step = failing
+sys.exit(unfreeze.main({arguments!r}))
+"""], cwd=HERE, capture_output=True).returncode == 130
+    first = run_all(*options)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("continuing from step 2") == 1
+    runs = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert runs == [f"xcopa-model-lora-20-{method}-{seed}" for method in ("gu", "lpft") for seed in (0, 1)]
+    before = [(path, path.stat().st_mtime_ns) for path in (tmp_path / "runs").rglob("*")]
+    again = run_all(*options)
+    assert again.returncode == 0 and again.stdout.count("is finished and kept") == 4
+    assert before == [(path, path.stat().st_mtime_ns) for path in (tmp_path / "runs").rglob("*")]
+    assert "|  " in again.stdout and "lpft" in again.stdout.split("is finished and kept")[-1]
+    python_only = tmp_path / "elsewhere"
+    python_only.mkdir()
+    arguments = task_command("xcopa", assets, data, folder, *single)
+    del arguments[arguments.index("--out") : arguments.index("--out") + 2]
+    assert subprocess.run([sys.executable, HERE / "unfreeze.py", *arguments], cwd=python_only).returncode == 0
+    assert [path.name for path in (python_only / "runs").iterdir()] == ["xcopa-model-lora-20-gu-1"]  # the same name
+    wrong = run_all("--out", "x")
+    assert wrong.returncode == 2 and wrong.stderr.strip().startswith("error: a comparison has folders of its own")
+
+
 def serve(folder: Path, repository: str, config: str, split: str, rows: list[dict]) -> None:
     """Two parquet files, as the hub has of larger data."""
     place = folder / "datasets" / repository / config / split
