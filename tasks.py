@@ -1,4 +1,4 @@
-"""The tasks: where their data lies, how rows become token ids, how answers are scored, and the paper's presets.
+"""The tasks: their data, how rows become token ids, how answers are scored, and the paper's presets.
 
 Liu et al., NAACL 2024: Tables 3, 4 and 15 (presets), the results to compare with, and the rules of scoring.
 
@@ -7,8 +7,8 @@ Liu et al., NAACL 2024: Tables 3, 4 and 15 (presets), the results to compare wit
     outputs = predict(task, model, examples, collate, autocast)
     scores, predictions = task.score(splits["de"], examples, outputs, "de", labels)
 
-A fifth task is one more entry of TASKS: columns, languages, place on the hub, head, and three functions of its kind
-(pairs, spans, choices, masked text). Scores are in percent; places in a text are counted in characters (code points).
+A fifth task is one more entry of TASKS: columns, languages, place on the hub, head, and three functions of
+its kind (pairs, spans, choices, masked text). Scores are in percent; a place in a text counts its characters.
 """
 
 import dataclasses
@@ -122,15 +122,22 @@ def read_hub(place: str) -> dict[str, dict]:
     Downloads are kept in the hub's cache, so HF_HUB_OFFLINE=1 works after the first time.
     """
     import datasets
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 
     owner, name, config, split = place.split("/")
-    try:
-        folder = snapshot_download(f"{owner}/{name}", repo_type="dataset", revision="refs/convert/parquet",
-                                   allow_patterns=f"{config}/{split}/*.parquet")
+    wanted, unreachable_by = {"repo_type": "dataset", "revision": "refs/convert/parquet"}, None
+    try:  # with a limit of time, which snapshot_download does not have
+        HfApi().repo_info(f"{owner}/{name}", timeout=HF_HUB_ETAG_TIMEOUT, **wanted)
     except Exception as error:  # the client raises OSError, ValueError and its HTTP library's errors alike
+        unreachable_by = error
+    try:
+        folder = snapshot_download(f"{owner}/{name}", allow_patterns=f"{config}/{split}/*.parquet",
+                                   local_files_only=unreachable_by is not None, **wanted)
+    except Exception as error:
         raise UserError(f"data {place} is not in the local cache and the hub does not give it "
-                        f"({type(error).__name__}): check the connection, or name a folder with --data") from None
+                        f"({type(unreachable_by or error).__name__}): check the connection, or name a folder "
+                        "with --data") from None
     files = sorted(Path(folder, config, split).glob("*.parquet"))
     if not files:
         raise UserError(f"the hub has no parquet files for {place}: name a folder with --data")
@@ -140,8 +147,8 @@ def read_hub(place: str) -> dict[str, dict]:
             data = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
             rows |= {f"{place}/{file.name}, row {number}": row for number, row in enumerate(data)}
         except Exception as error:  # whatever a damaged file provokes
-            raise UserError(f"{file.resolve()} holds no readable data ({type(error).__name__}): delete it, and "
-                            "the next run downloads it again") from None
+            raise UserError(f"{file.resolve()} holds no readable data ({type(error).__name__}): delete it, "
+                            "and the next run downloads it again") from None
     return rows
 
 
@@ -172,8 +179,8 @@ def check_answers(answers: dict, place: str) -> None:
                    for text, start in zip(answers["text"], answers["answer_start"], strict=True))
         assert fits and len(answers["text"]) > 0
     except (TypeError, KeyError, ValueError, AssertionError):
-        raise UserError(f"{place}: answers must be {{'text': [string, …], 'answer_start': [integer, …]}} with one "
-                        "answer or more") from None
+        raise UserError(f"{place}: answers must be {{'text': [string, …], 'answer_start': [integer, …]}}, "
+                        "with one answer or more") from None
 
 
 def sample(rows: list[dict], count: int | None, seed: int, stratified: bool = False) -> list[dict]:
@@ -234,9 +241,10 @@ def encode_spans(rows: list[dict], tokenizer, max_length: int, labels: list) -> 
     """
     examples = []
     for number, row in enumerate(rows):
-        question = tokenizer(row["question"].strip(), add_special_tokens=False, truncation=True,
-                             max_length=max_length // 4, return_offsets_mapping=True)["offset_mapping"]
-        question = row["question"].strip()[: question[-1][1] if question else 0]  # leaves room for the context
+        question = row["question"].strip()
+        start = tokenizer(question, add_special_tokens=False, truncation=True, max_length=max_length // 4,
+                          return_offsets_mapping=True)["offset_mapping"]
+        question = question[: start[-1][1] if start else 0]  # leaves room for the context
         windows = tokenizer(question, row["context"], truncation="only_second", max_length=max_length,
                             stride=min(128, max_length // 3), return_overflowing_tokens=True,
                             return_offsets_mapping=True)
@@ -248,13 +256,14 @@ def encode_spans(rows: list[dict], tokenizer, max_length: int, labels: list) -> 
             covered = (0 if i == 0 else offsets[~outside][0, 0].item(),
                        len(row["context"]) if i == count - 1 else offsets[~outside][-1, 1].item())
             first, last = answer_tokens(offsets, row, covered)
-            examples.append({key: windows[key][i] for key in tokenizer.model_input_names if key in windows} | {
-                "start_positions": first, "end_positions": last, "row": number, "offsets": offsets})
+            inputs = {key: windows[key][i] for key in tokenizer.model_input_names if key in windows}
+            examples.append(inputs | {"start_positions": first, "end_positions": last, "row": number,
+                                      "offsets": offsets})
     return examples
 
 
 def answer_tokens(offsets: torch.Tensor, row: dict, covered: tuple[int, int]) -> tuple[int, int]:
-    """The first and the last token that share a character with the first answer; 0, 0 if it is not all here."""
+    """The first and last token that share a character with the first answer; 0, 0 if it is not all here."""
     text, start = row["answers"]["text"][0], row["answers"]["answer_start"][0]
     end = start + len(text)
     shared = ((offsets[:, 1] > start) & (offsets[:, 0] < end)).nonzero()
@@ -269,8 +278,8 @@ def stripped(context: str, start: int, end: int) -> tuple[int, str]:
 
 
 def unreachable(rows: list[dict], examples: list[dict]) -> tuple[int, int]:
-    """How many first answers are in no window (or not at their answer_start), and how many are in one but begin
-    or end inside a token, so that no span of tokens is exactly the answer."""
+    """How many first answers are in no window (or not at their answer_start), and how many are in one but
+    begin or end inside a token, so that no span of tokens is exactly the answer."""
     best = {}
     for example in examples:
         first, last = example["start_positions"], example["end_positions"]
@@ -283,7 +292,7 @@ def unreachable(rows: list[dict], examples: list[dict]) -> tuple[int, int]:
 
 
 def encode_text(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
-    """All lines, joined by the separator, in sequences of exactly `max_length` tokens; the rest is dropped."""
+    """All lines, joined by the separator, in sequences of `max_length` tokens each; the rest is dropped."""
     if tokenizer.mask_token_id is None:
         raise UserError("the tokenizer of --model has no mask token: masked-language modelling needs one")
     tokens, inner = array("i"), max_length - 2  # a sequence begins and ends with a special token
@@ -291,8 +300,8 @@ def encode_text(rows: list[dict], tokenizer, max_length: int, labels: list) -> l
         tokens.extend(tokenizer(row["text"].strip(), add_special_tokens=False, verbose=False)["input_ids"])
         tokens.append(tokenizer.sep_token_id)
     if len(tokens) < inner:
-        raise UserError(f"--data has too little text: {len(rows)} of its lines have {len(tokens)} tokens, and one "
-                        f"sequence takes {inner}; each twentieth line is held out; lower --max-length")
+        raise UserError(f"--data has too little text: {len(rows)} of its lines have {len(tokens)} tokens, a "
+                        f"sequence takes {inner}, and each twentieth line is held out; lower --max-length")
     return [{"input_ids": [tokenizer.cls_token_id, *tokens[start : start + inner], tokenizer.sep_token_id]}
             for start in range(0, len(tokens) - inner + 1, inner)]
 
@@ -321,7 +330,7 @@ def masked_tokens(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Te
 
 
 def masked_sums(model: nn.Module, batch: dict) -> torch.Tensor:
-    """Of every sequence: the sum of losses, the number of tokens guessed right, the number of masked tokens."""
+    """Of every sequence: the sum of losses, the number of tokens guessed right, and of masked tokens."""
     loss, right, row = masked_tokens(model, batch)
     values = torch.stack([loss, right, torch.ones_like(loss)], dim=1)  # [M, 3]
     return torch.zeros(len(batch["labels"]), 3, device=loss.device).index_add(0, row, values)  # [B, 3]
@@ -339,8 +348,8 @@ def masked_loss(model: nn.Module, batch: dict) -> torch.Tensor:
 @torch.inference_mode()
 def predict(task, model: nn.Module, examples: list[dict], collate: Callable, autocast: Callable,
             tokens: int = 8192) -> list[torch.Tensor]:
-    """What `task.forward` gives for each example, in their order, computed in eval mode in batches of examples of
-    similar length with at most `tokens` tokens, padding included. Leaves the global random numbers alone."""
+    """What `task.forward` gives for each example, in their order, computed in eval mode in batches of similar
+    length with at most `tokens` tokens, padding included. Leaves the global random numbers alone."""
     model.eval()
     cost = [len(ids) if isinstance(ids[0], int) else len(ids) * max(map(len, ids))
             for ids in (example["input_ids"] for example in examples)]
@@ -374,8 +383,8 @@ def answers(rows: list[dict], examples: list[dict], outputs: list, language: str
         best[number] = max(best[number], found, key=lambda span: span[0])
     scores = {}
     for suffix, words in rules.items():
-        pairs = [[word_overlap(words(text, language), words(gold, language)) for gold in row["answers"]["text"]]
-                 for (_, _, text), row in zip(best, rows)]
+        pairs = [[word_overlap(words(text, language), words(gold, language))
+                  for gold in row["answers"]["text"]] for (_, _, text), row in zip(best, rows)]
         scores |= {f"f1{suffix}": 100 * mean(max(f1 for f1, _ in golds) for golds in pairs),
                    f"em{suffix}": 100 * mean(max(same for _, same in golds) for golds in pairs)}
     return scores, [{"id": row["id"], "text": text, "answer_start": start}
@@ -383,8 +392,8 @@ def answers(rows: list[dict], examples: list[dict], outputs: list, language: str
 
 
 def best_span(context: str, offsets: torch.Tensor, logits: torch.Tensor) -> tuple[float, int, str]:
-    """Score, first character and text of the likeliest of the 20 best starts by the 20 best ends, in tokens of
-    the context alone and of at most 30 tokens; score -inf and an empty text if there is none."""
+    """Score, first character and text of the likeliest span among the 20 best starts by the 20 best ends, all
+    tokens of the context, of at most 30 tokens; score -inf and an empty text if there is none."""
     logits = logits[:, : len(offsets)].masked_fill(offsets[:, 0] < 0, -math.inf)  # [2, T]
     (start_score, end_score), (start, end) = logits.topk(min(20, logits.shape[1]))  # [2, 20] each
     score = start_score[:, None] + end_score  # [20, 20]
@@ -435,7 +444,8 @@ def word_overlap(predicted: list[str], gold: list[str]) -> tuple[float, bool]:
     return 2 * shared / (len(predicted) + len(gold)) if shared else 0.0, predicted == gold
 
 
-def masked_scores(rows: list[dict], examples: list[dict], outputs: list, language: str, labels: list) -> tuple:
+def masked_scores(rows: list[dict], examples: list[dict], outputs: list, language: str,
+                  labels: list) -> tuple:
     """Percent of masked tokens guessed right, and their mean loss in nats."""
     loss, right, masked = torch.stack(outputs).sum(0).tolist()
     return {"accuracy": 100 * right / masked, "loss": loss / masked}, []
@@ -586,7 +596,8 @@ PRESETS = {
     ("copa", "xlm-roberta", "pfeiffer"): ((500, 5000), (1e-4, 1e-5), 64, "constant", (800, 1000, 1000)),
     ("mnli", "bert", "pfeiffer"): ((15, 15), (5e-4, 5e-4), 128, "linear", (25, 800, 50)),
     ("mnli", "xlm-roberta", "pfeiffer"): ((15, 15), (5e-4, 5e-4), 128, "linear", (800, 800, 800)),
-    ("squad", "bert", "lora"): ((5, 5), (5e-4, 8e-4), 32, "linear", (800, 800, 800)),  # Table 15; no LPFT there
+    # Table 15; it has no LPFT, which takes GU's k
+    ("squad", "bert", "lora"): ((5, 5), (5e-4, 8e-4), 32, "linear", (800, 800, 800)),
     ("squad", "xlm-roberta", "lora"): ((15, 15), (5e-4, 5e-4), 32, "linear", (800, 800, 800)),
     ("copa", "bert", "lora"): ((500, 5000), (1e-4, 1e-4), 64, "constant", (50, 50, 100)),
     ("copa", "xlm-roberta", "lora"): ((500, 5000), (1e-4, 1e-4), 64, "constant", (100, 100, 200)),
@@ -607,8 +618,8 @@ FULL_LR = 2e-5  # of --method full; not in the paper's tables
 def resolve(settings, model_type: str, layers: int, train_examples: int, sequences: int):
     """The settings with the preset of task, model, adapter, method and amount of data in place of None.
 
-    Low data has the same preset for both kinds of adapter. Where there is no k, opening all blocks takes a fifth
-    of the steps (kL/N = 0.2). Of other models than mBERT's kind, XLM-R's preset is taken.
+    Low data has the same preset for both kinds of adapter. Where there is no k, opening all blocks takes a
+    fifth of the steps (kL/N = 0.2). Models that are not BERT take XLM-R's preset.
     """
     training_set = TASKS[settings.task].training_set or settings.task
     model_type = "bert" if model_type == "bert" else "xlm-roberta"
@@ -624,7 +635,7 @@ def resolve(settings, model_type: str, layers: int, train_examples: int, sequenc
     batch_size = settings.batch_size or batch_size
     epochs = None if settings.steps is not None else settings.epochs or epochs
     steps = epochs * math.ceil(sequences / batch_size) if settings.steps is None else settings.steps
-    fisher_every = {"classify": 0, "mlm": 0, "copa": 50}.get(training_set, 100)  # a point of the paper's curves
+    fisher_every = {"classify": 0, "mlm": 0, "copa": 50}.get(training_set, 100)  # a point of its curves
     return dataclasses.replace(
         settings, epochs=epochs, steps=steps, batch_size=batch_size, lr=settings.lr or lr,
         decay=settings.decay or decay, k=settings.k or k or max(1, round(0.2 * steps / max(1, layers))),
@@ -641,7 +652,8 @@ PAPER = {
     ("bert", "pfeiffer", "fun"): "57.33±0.51 38.29±0.63 63.25±0.26 49.09±0.48 53.98±0.64 61.36±0.51",
     ("bert", "pfeiffer", "rev"): "49.09 - 53.43 - - 55.67",
     ("xlm-roberta", "none", "full"): "62.59 - 71.98 - 54.99 73.43",
-    ("xlm-roberta", "pfeiffer", "standard"): "61.31±0.46 42.10±0.42 70.09±0.60 53.77±0.40 55.93±1.58 73.31±0.44",
+    ("xlm-roberta", "pfeiffer", "standard"):
+        "61.31±0.46 42.10±0.42 70.09±0.60 53.77±0.40 55.93±1.58 73.31±0.44",
     ("xlm-roberta", "pfeiffer", "rand"): "61.36±1.69 41.59±1.96 69.99±1.47 52.06±2.04 57.05±0.42 72.68±0.56",
     ("xlm-roberta", "pfeiffer", "gu"): "63.47±0.12 43.55±0.11 73.04±0.22 55.93±0.15 58.24±1.11 73.44±0.24",
     ("xlm-roberta", "pfeiffer", "fun"): "63.10±0.79 43.37±0.51 72.34±0.40 55.21±0.63 58.11±0.94 73.13±0.53",
@@ -665,8 +677,8 @@ TRAINING_SIZES = {"mnli": 392_702, "squad": 87_599, "copa": 400}
 
 
 def paper_figure(run: dict, metric: str) -> str:
-    """The paper's mean over the target languages for a run's task, model, adapter and method, "-" if it has none.
-    Other models than mBERT are held against XLM-R, other amounts than Table 4's against all of the data."""
+    """The paper's mean over the target languages for a run's task, model, adapter and method, "-" if none.
+    Models other than mBERT are held against XLM-R, amounts other than Table 4's against all of the data."""
     task, method, examples = run["task"], run["method"], run.get("train_examples")
     model = "bert" if "bert-base-multilingual" in run["model"] else "xlm-roberta"
     columns = [("mlqa", "f1"), ("mlqa", "em"), ("xquad", "f1"), ("xquad", "em"), ("xcopa", "accuracy"),

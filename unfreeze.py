@@ -38,6 +38,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
+from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
+from huggingface_hub.utils import get_session
 from torch import nn
 from tqdm import tqdm
 
@@ -165,7 +167,7 @@ class Settings:
     lr: float | None = option(None, "learning rate at the start", type=float)
     decay: str | None = option(None, "of the learning rate", choices=["linear", "constant"])
     batch_size: int | None = option(None, "training examples per step", type=int)
-    max_length: int | None = option(None, "tokens per sequence; longer ones are cut, contexts split", type=int)
+    max_length: int | None = option(None, "tokens per sequence; texts are cut, contexts split", type=int)
     train_examples: int | None = option(None, "train on a random sample of this size", type=int)
     test_examples: int | None = option(None, "test on a fixed random sample of each language", type=int)
     seed: int = option(0, "of head, adapters, dropout, data order and Rand", type=int)
@@ -214,9 +216,10 @@ def check(settings: Settings) -> None:
 
 
 def train(settings: Settings) -> None:
-    """One run, from the data to results.json in its folder; an interrupted one goes on from its checkpoint."""
+    """One run, from the data to results.json in its folder; a stopped one goes on from its checkpoint."""
     started = time.time()
     check(settings)
+    get_session().timeout = HF_HUB_ETAG_TIMEOUT  # the hub's client would wait for ever for some answers
     task, out = TASKS[settings.task], run_folder(settings)
     splits, labels = load_data(settings)
     device = seeded_device(settings)
@@ -377,7 +380,8 @@ def save_weights(out: Path, settings: Settings, model: nn.Module, tokenizer) -> 
         save_head(model, out / "head")
 
 
-def save_checkpoint(out: Path, settings: Settings, learned: dict, optimizer, unfreezer: Unfreezer, state: dict):
+def save_checkpoint(out: Path, settings: Settings, learned: dict, optimizer, unfreezer: Unfreezer,
+                    state: dict) -> None:
     """Write checkpoint.pt: all that the rest of the run depends on, except the frozen base model."""
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -464,8 +468,8 @@ def introduce(settings: Settings, splits: dict, encoded: dict, blocks: int, lang
     print(f"\n{settings.task}, {settings.method}: {len(splits['train'])} training examples"
           f"{f' in {windows} sequences' * (windows != len(splits['train']))}, {settings.steps} steps of "
           f"{settings.batch_size}, lr {settings.lr:g} {settings.decay}, k {settings.k}, {blocks} blocks, "
-          f"{settings.max_length} tokens, seed {settings.seed}, {device}; {len(splits['validation'])} validation "
-          f"examples; test languages {' '.join(languages) or 'none'}")
+          f"{settings.max_length} tokens, seed {settings.seed}, {device}; {len(splits['validation'])} "
+          f"validation examples; test languages {' '.join(languages) or 'none'}")
     own = [language for language, stacked in languages.items() if language == stacked]
     lacking = [language for language, stacked in languages.items() if language != stacked]
     if own:
@@ -533,7 +537,7 @@ def report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="unfreeze.py report", allow_abbrev=False)
     parser.error = refuse
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's folder")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="tr(F), opening orders, validation scores")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="of tr(F), orders and scores")
     given = parser.parse_args(arguments)
     groups: dict[str, dict[str, list[dict]]] = {}
     for folder in given.folders:
@@ -543,7 +547,8 @@ def report(arguments: list[str]) -> None:
         run = read_run(folder)
         stacked = ", above language adapters" * any(run.get("language_adapters", {}).values())
         size = f", {run['train_examples']} training examples" if "train_examples" in run else ""
-        title = f"{run['task']}, {run['model']}, {run['adapter']}{size}, {len(run['scores'])} languages{stacked}"
+        title = (f"{run['task']}, {run['model']}, {run['adapter']}{size}, {len(run['scores'])} languages"
+                 f"{stacked}")
         groups.setdefault(title, {}).setdefault(run["method"], []).append(run)
     if not groups:
         raise UserError("report found no finished run: name folders that hold a results.json, such as runs/*")
@@ -575,7 +580,7 @@ def read_run(folder: Path) -> dict:
         metrics = run["scores"]["en"].keys()
         assert isinstance(run["average"], dict)
         for score in (*run["scores"].values(), run["average"] or run["scores"]["en"]):
-            assert score.keys() == metrics and all(isinstance(value, (int, float)) for value in score.values())
+            assert score.keys() == metrics and all(isinstance(score[name], (int, float)) for name in metrics)
         assert all(len([int(step), int(block)]) == 2 for step, block in run["order"])
         assert isinstance(run["seed"] + run["wall_seconds"] + run.get("train_examples", 0), (int, float))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
@@ -621,7 +626,8 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
                                       for language, scores in zip(lowest, by_language.values()))])
     for language in targets:
         add(language, lambda runs: spread([run["scores"][language][metrics[0]] for run in runs]))
-    add("opened", lambda runs: opening_order(runs[0]) if len(set(map(opening_order, runs))) == 1 else "see below")
+    orders = {method: {opening_order(run) for run in runs} for method, runs in methods.items()}
+    rows.append(["opened", *(found.pop() if len(found) == 1 else "see below" for found in orders.values())])
     add("seconds", lambda runs: f"{mean(run['wall_seconds'] for run in runs):.0f}")
     return rows
 
@@ -675,7 +681,8 @@ def plot(groups: dict[str, dict[str, list[dict]]], path: Path) -> None:
                 blocks = sorted(positions)
                 orders.plot(blocks, [mean(positions[block]) for block in blocks], marker="o", label=method,
                             color=colours[method])
-        top = max((block for runs in methods.values() for run in runs for _, block in run["order"]), default=0)
+        every = [block for runs in methods.values() for run in runs for _, block in run["order"]]
+        top = max(every, default=0)
         orders.plot([0, top], [top, 0], linestyle=":", color="grey", label="GU's diagonal")
         for panel, x, y in ((curve, "step", "tr(F) per open block, moving average"),
                             (orders, "block (0: bottom)", "mean position in the opening order"),
@@ -700,7 +707,8 @@ def refuse(message: str):
 
 
 def parse(arguments: list[str]) -> Settings:
-    parser = argparse.ArgumentParser(prog="unfreeze.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="unfreeze.py", description=__doc__.splitlines()[0],
+                                     allow_abbrev=False)
     parser.error = refuse
     parser.add_argument("task", choices=list(TASKS), help="or `report FOLDER…`: tables over finished runs")
     for entry in dataclasses.fields(Settings)[1:]:
@@ -733,8 +741,8 @@ def main(arguments: list[str]) -> int:
               "permissions and the space on its disk, or choose another --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print("interrupted: the same command goes on from the last checkpoint (--save-every), if any, or starts "
-              "anew", file=sys.stderr)
+        print("interrupted: the same command goes on from the last checkpoint (--save-every), or starts anew",
+              file=sys.stderr)
         return interrupt.args[0]
 
 
