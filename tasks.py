@@ -50,8 +50,9 @@ def load_data(settings) -> tuple[dict[str, list[dict]], list]:
         return read_text(Path(settings.data)), []
     task, languages = TASKS[settings.task], test_languages(settings)
     train = read_split(settings, "train", "en")
-    first = next(iter(train.values())) or {}
-    columns = (*task.columns, *(column for column in task.optional_columns if column in first))
+    first = next(iter(train.values()))
+    columns = (*task.columns, *(column for column in task.optional_columns
+                                if isinstance(first, dict) and column in first))
     splits, values = {"train": check_rows(train, columns, task.values)}, dict(task.values)
     if "label" in columns and "label" not in values:  # integers by value, strings by alphabet
         found = {row["label"] for row in splits["train"]}
@@ -96,8 +97,8 @@ def read_split(settings, split: str, language: str) -> dict[str, dict]:
         raise UserError(f"{place} on the hub has {len(rows)} rows and English COPA {len(english)}: they must "
                         "be parallel; give a folder with --data instead")
     # XCOPA's own question is wrong in five languages.
-    return {key: row | {"question": row_en["question"]}
-            for (key, row), row_en in zip(rows.items(), english.values())}
+    return {place: row | {"question": row_en.get("question")}
+            for (place, row), row_en in zip(rows.items(), english.values())}
 
 
 def read_lines(path: Path) -> dict[str, dict]:

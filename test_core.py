@@ -1527,6 +1527,7 @@ BAD_INPUTS = {
     "empty file": ([], spoil("test.de.jsonl", ""), "test.de.jsonl is empty"),
     "no column": ([], spoil("train.en.jsonl", ROW + '{"text": "a"}'), "train.en.jsonl:2: no column 'label'"),
     "not JSON": ([], spoil("train.en.jsonl", ROW + "red\n"), "train.en.jsonl:2: not a JSON object"),
+    "a number": ([], spoil("train.en.jsonl", "5\n" + ROW), "train.en.jsonl:1: not a JSON object"),
     "text a number": ([], spoil("train.en.jsonl", '{"text": 1, "label": 1}'), "'text' must be a string"),
     "label a float": ([], spoil("train.en.jsonl", '{"text": "a", "label": 1.5}'), "a string or an integer"),
     "unseen label": ([], spoil("test.de.jsonl", ROW + '{"text": "x", "label": "new"}'), ":2: label 'new'"),
@@ -2220,8 +2221,8 @@ def answer_cases():
 
 # What the official scripts give for them. Second string: F1 in thousandths as the paper scores, by SQuAD's
 # evaluate-v1.1.py (for zh, by `mixed_segmentation` of MLQA's script after removing the punctuation that
-# SQuAD's removes). Third: F1 by MLQA's mlqa_evaluation_v1.py (facebookresearch/MLQA at 5ef5c73). First: a digit
-# a case, 1 if the former's exact match is true, plus 2 if the latter's is.
+# SQuAD's removes). Third: F1 by MLQA's mlqa_evaluation_v1.py (facebookresearch/MLQA at 5ef5c73). First, by
+# case: 1 if the former's exact match is true, plus 2 if the latter's is.
 EXPECTED = {
     "en": ("003230003033200300000203330330333000320030000033030000000030",
         "400 667 0 667 0 0 500 0 1000 400 0 1000 667 500 800 0 333 500 500 400 0 800 333 0 1000 1000 0 0 "

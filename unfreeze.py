@@ -1,9 +1,9 @@
 """Scheduled unfreezing of task adapters for zero-shot cross-lingual transfer, in one plain PyTorch loop.
 
 Liu, Pfeiffer, Vulić, Gurevych. FUN with Fisher: Improving Generalization of Adapter-Based Cross-lingual
-Transfer with Scheduled Unfreezing. NAACL 2024 (Algorithm 1, Table 3).
+Transfer with Scheduled Unfreezing. NAACL 2024 (Algorithm 1; the tasks and presets are in tasks.py).
 
-    python unfreeze.py xnli --data FOLDER --method fun                   # XLM-R base by the paper's preset
+    python unfreeze.py xnli --method fun                                 # XLM-R base, the paper's preset
     python unfreeze.py classify --data demo/data --model demo/model      # after python extras/demo.py
     python unfreeze.py mlm --language th --data thai.txt                 # a language adapter the hub lacks
     python unfreeze.py report runs/*                                     # a table over finished runs
@@ -274,7 +274,7 @@ def train(settings: Settings) -> None:
         untrained, _ = evaluate("validation", settings.language or "en")
         log("eval", 0, split="validation", language=settings.language or "en", **untrained)
         state = {"step": 0, "losses": [], "averages": [], "seconds": 0, "untrained": untrained,
-                 "best": copied(learned), "validation": untrained}
+                 "best": None, "validation": untrained}
     metric = next(iter(state["untrained"]))
     is_measured = bool(blocks) and settings.task != "mlm"
     per_epoch = math.ceil(len(examples) / settings.batch_size)
@@ -314,7 +314,7 @@ def train(settings: Settings) -> None:
         if position + 1 == per_epoch and (epoch + 1) % patience == 0 or is_last:
             scores, _ = evaluate("validation", settings.language or "en")
             log("eval", step, split="validation", language=settings.language or "en", **scores)
-            if scores[metric] > state["validation"][metric]:
+            if state["best"] is None or scores[metric] > state["validation"][metric]:
                 state |= {"best": copied(learned), "validation": scores}
         if (step + 1) % settings.save_every == 0 and not is_last:
             if settings.task == "mlm":
@@ -326,9 +326,8 @@ def train(settings: Settings) -> None:
     if is_measured:
         report_trace(log, step, trace(), unfreezer.trainable, state["averages"])
 
-    with torch.no_grad():
-        for name, parameter in learned.items():
-            parameter.copy_(state["best"][name])
+    if state["best"] is not None:
+        put(state["best"], learned)
     scores = {}
     for language in tqdm(languages, desc="testing"):
         if blocks:
@@ -347,7 +346,9 @@ def train(settings: Settings) -> None:
         "validation": state["validation"], "untrained": state["untrained"],
         "train_examples": len(splits["train"]), "language_adapters": languages,
         "settings": dataclasses.asdict(settings),
-        "wall_seconds": round(state["seconds"] + time.time() - started, 1), "versions": versions()}
+        "wall_seconds": round(state["seconds"] + time.time() - started, 1),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__}}
     write_json(out / "results.json", results)  # the last file of a run: it marks the run as finished
     (out / "checkpoint.pt").unlink(missing_ok=True)
     conclude(out, results, metric)
@@ -362,6 +363,12 @@ def seeded_device(settings: Settings) -> torch.device:
 
 def copied(learned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in learned.items()}
+
+
+@torch.no_grad()
+def put(values: dict[str, torch.Tensor], learned: dict[str, nn.Parameter]) -> None:
+    for name, parameter in learned.items():
+        parameter.copy_(values[name])
 
 
 def save_weights(out: Path, settings: Settings, model: nn.Module, tokenizer) -> None:
@@ -384,7 +391,7 @@ def save_checkpoint(out: Path, settings: Settings, learned: dict, optimizer, unf
                     state: dict) -> None:
     """Write checkpoint.pt: all that the rest of the run depends on, except the frozen base model."""
     rng = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if next(iter(learned.values())).is_cuda:
         rng["cuda"] = torch.cuda.get_rng_state()
     temporary = out / "checkpoint.tmp"
     torch.save({"settings": dataclasses.asdict(settings), "learned": copied(learned), "rng": rng,
@@ -399,7 +406,8 @@ def restore(out: Path, settings: Settings, learned: dict, optimizer, unfreezer: 
     if settings.overwrite or not path.exists():
         return None
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        device = next(iter(learned.values())).device
+        saved = torch.load(path, map_location=device, weights_only=True)
         given = {name: (saved["settings"].get(name), value)
                  for name, value in dataclasses.asdict(settings).items()}
     except Exception:  # whatever a damaged file provokes
@@ -408,14 +416,13 @@ def restore(out: Path, settings: Settings, learned: dict, optimizer, unfreezer: 
         if then != now and name not in ("out", "overwrite", "save_every", "device"):
             raise UserError(f"{path} is of a run with --{name.replace('_', '-')} {then}, not {now}: give the "
                             "same options, or --overwrite to start anew")
-    with torch.no_grad():
-        for name, parameter in learned.items():
-            parameter.copy_(saved["learned"][name])
+    put(saved["learned"], learned)
     optimizer.load_state_dict(saved["optimizer"])
+    saved["unfreezer"]["generator"] = saved["unfreezer"]["generator"].cpu()
     unfreezer.load_state_dict(saved["unfreezer"])
-    torch.set_rng_state(saved["rng"]["cpu"])
-    if "cuda" in saved["rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    torch.set_rng_state(saved["rng"]["cpu"].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
     os.truncate(out / "log.jsonl", saved["log_bytes"])  # what was logged after the checkpoint is done again
     print(f"continuing from step {saved['state']['step']}", flush=True)
     return saved["state"]
@@ -428,11 +435,6 @@ def write_json(path: Path, content: dict) -> None:
 def write_lines(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__}
 
 
 def run_folder(settings: Settings) -> Path:
@@ -464,18 +466,17 @@ def start_log(out: Path, keep: bool) -> Callable:
 def introduce(settings: Settings, splits: dict, encoded: dict, blocks: int, languages: dict,
               device: torch.device) -> None:
     """Print the resolved settings, so that nothing that shaped a run is hidden."""
-    windows = len(encoded["train"])
-    print(f"\n{settings.task}, {settings.method}: {len(splits['train'])} training examples"
-          f"{f' in {windows} sequences' * (windows != len(splits['train']))}, {settings.steps} steps of "
-          f"{settings.batch_size}, lr {settings.lr:g} {settings.decay}, k {settings.k}, {blocks} blocks, "
-          f"{settings.max_length} tokens, seed {settings.seed}, {device}; {len(splits['validation'])} "
-          f"validation examples; test languages {' '.join(languages) or 'none'}")
+    print(f"\n{settings.task}, {settings.method}: {len(splits['train'])} training examples in "
+          f"{len(encoded['train'])} sequences, {settings.steps} steps of {settings.batch_size}, lr "
+          f"{settings.lr:g} {settings.decay}, k {settings.k}, {blocks} blocks, {settings.max_length} tokens, "
+          f"seed {settings.seed}, {device}; {len(splits['validation'])} validation examples; test languages "
+          f"{' '.join(languages) or 'none'}")
     own = [language for language, stacked in languages.items() if language == stacked]
     lacking = [language for language, stacked in languages.items() if language != stacked]
     if own:
         print(f"language adapters: {' '.join(own)}" + (
             f"; none for {' '.join(lacking)}, tested with the English one" if lacking else ""))
-    elif settings.language_adapters != "none" and languages:
+    elif languages and settings.language_adapters != "none" and settings.method != "full":
         print(f"no language adapters for {settings.model}; --language-adapters FOLDER adds them")
     if "offsets" in encoded["train"][0]:
         counts = {name: unreachable(rows, encoded[name]) for name, rows in splits.items()}
@@ -488,13 +489,12 @@ def introduce(settings: Settings, splits: dict, encoded: dict, blocks: int, lang
 
 
 def conclude(out: Path, results: dict, metric: str) -> None:
-    line = (f"{out}: validation {metric} {results['validation'][metric]:.1f} "
-            f"(untrained {results['untrained'][metric]:.1f})")
+    line = f"validation {results['validation'][metric]:.1f} (untrained {results['untrained'][metric]:.1f})"
     if results["scores"]:
         line += f"; English {results['scores']['en'][metric]:.1f}"
     if results["average"]:
         line += f", mean of {len(results['scores']) - 1} target languages {results['average'][metric]:.1f}"
-    print(f"{line}; {results['wall_seconds']:.0f} s")
+    print(f"{out}: {metric}: {line}; {results['wall_seconds']:.0f} s")
 
 
 def train_order(seed: int, epoch: int, examples: int) -> list[int]:
@@ -641,9 +641,8 @@ def spread(values: list[float], sign: str = "") -> str:
 
 def opening_order(run: dict) -> str:
     """The blocks in the order of opening, 0 at the bottom."""
-    steps = {step for step, _ in run["order"]}
-    if len(steps) == 1 and len(run["order"]) > 1:
-        return f"all at step {steps.pop()}"
+    if len(run["order"]) > 1 and len({step for step, _ in run["order"]}) == 1:
+        return f"all at step {run['order'][0][0]}"
     return " ".join(str(block) for _, block in run["order"]) or "none"
 
 
