@@ -664,8 +664,9 @@ def plot(groups: dict[str, dict[str, list[dict]]], path: Path) -> None:
             style = {"color": colours[method], "label": method}
             for log in logs:
                 traces = [event for event in log if event["event"] == "fisher" and event["trainable"]]
-                curve.plot([event["step"] for event in traces],
-                           [event["moving_average"] for event in traces], **style)
+                steps = [event["step"] for event in traces]
+                curve.plot(steps, [event["average"] for event in traces], color=colours[method], alpha=0.25)
+                curve.plot(steps, [event["moving_average"] for event in traces], **style)
                 points = [([trace for trace in traces if trace["step"] <= event["step"] + 1], event)
                           for event in log if event.get("split") == "validation"]
                 metric = next(iter(runs[0]["scores"]["en"]))
@@ -683,7 +684,7 @@ def plot(groups: dict[str, dict[str, list[dict]]], path: Path) -> None:
         every = [block for runs in methods.values() for run in runs for _, block in run["order"]]
         top = max(every, default=0)
         orders.plot([0, top], [top, 0], linestyle=":", color="grey", label="GU's diagonal")
-        for panel, x, y in ((curve, "step", "tr(F) per open block, moving average"),
+        for panel, x, y in ((curve, "step", "tr(F) per open block and its moving average"),
                             (orders, "block (0: bottom)", "mean position in the opening order"),
                             (scores, "tr(F) per open block, moving average", "validation score")):
             panel.set(xlabel=x, ylabel=y)
