@@ -15,13 +15,14 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import string
 import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 
@@ -32,7 +33,8 @@ from transformers import (AutoModelForMaskedLM, AutoModelForMultipleChoice, Auto
                           AutoModelForSequenceClassification, AutoTokenizer, DataCollatorForLanguageModeling,
                           DataCollatorForMultipleChoice, DataCollatorWithPadding)
 
-from adapters import add_language_adapter, add_lora, add_task_adapters, set_language
+from adapters import (add_language_adapter, add_lora, add_task_adapters, save_adapter, save_head,
+                      set_language)
 
 
 class UserError(Exception):
@@ -92,13 +94,18 @@ def read_split(settings, split: str, language: str) -> dict[str, dict]:
         return read_hub(place)
     if language == "en":  # the hub's copy of COPA hides the labels of its test pairs
         return read_split(settings, "validation", "en")
-    rows, english = read_hub(place), read_hub("aps/super_glue/copa/test")
-    if len(rows) != len(english):
-        raise UserError(f"{place} on the hub has {len(rows)} rows and English COPA {len(english)}: they must "
-                        "be parallel; give a folder with --data instead")
-    # XCOPA's own question is wrong in five languages.
-    return {place: row | {"question": row_en.get("question")}
-            for (place, row), row_en in zip(rows.items(), english.values())}
+    rows, questions = read_hub(place), english_questions()
+    if len(rows) != len(questions):
+        raise UserError(f"{place} on the hub has {len(rows)} rows and English COPA {len(questions)}: they "
+                        "must be parallel; give a folder with --data instead")
+    return {place: row | {"question": question}
+            for (place, row), question in zip(rows.items(), questions)}
+
+
+@cache
+def english_questions() -> list[str | None]:
+    """Those of COPA's test pairs, row by row XCOPA's, whose own are wrong in five languages."""
+    return [row.get("question") for row in read_hub("aps/super_glue/copa/test").values()]
 
 
 def read_lines(path: Path) -> dict[str, dict]:
@@ -186,9 +193,9 @@ def check_answers(answers: dict, place: str) -> None:
 
 def sample(rows: list[dict], count: int | None, seed: int, stratified: bool = False) -> list[dict]:
     """`count` rows at random in their own order, or all; stratified: every label in its own share."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     if count is None or count >= len(rows):
         return rows
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     if stratified and "label" in rows[0]:
         # The n-th of N rows of its label stands at (n + 1/2) / N: the first `count` hold each label's share.
         size, seen = Counter(row["label"] for row in rows), Counter()
@@ -346,14 +353,19 @@ def masked_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     return masked_tokens(model, batch)[0].mean()
 
 
+def tokens_of(example: dict) -> int:
+    """What an example takes in a batch: its tokens; of several choices, each as long as the longest."""
+    ids = example["input_ids"]
+    return len(ids) if isinstance(ids[0], int) else len(ids) * max(map(len, ids))
+
+
 @torch.inference_mode()
 def predict(task, model: nn.Module, examples: list[dict], collate: Callable, autocast: Callable,
             tokens: int = 8192) -> list[torch.Tensor]:
     """What `task.forward` gives for each example, in their order, computed in eval mode in batches of similar
     length with at most `tokens` tokens, padding included. Leaves the global random numbers alone."""
     model.eval()
-    cost = [len(ids) if isinstance(ids[0], int) else len(ids) * max(map(len, ids))
-            for ids in (example["input_ids"] for example in examples)]
+    cost = [tokens_of(example) for example in examples]
     order = sorted(range(len(examples)), key=cost.__getitem__, reverse=True)
     outputs = [None] * len(examples)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
@@ -583,6 +595,22 @@ def load_language_adapters(settings, model: nn.Module, languages: list[str]) -> 
     if stacked:
         set_language(model, "en")
     return stacked
+
+
+def save_weights(out: Path, settings, model: nn.Module, tokenizer) -> None:
+    """What was trained, in AdapterHub's format; with --method full the whole model, in Hugging Face's."""
+    if settings.method == "full":
+        temporary = out / "model.tmp"
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(out / "model", ignore_errors=True)
+        temporary.rename(out / "model")
+    elif settings.task == "mlm":
+        save_adapter(model, settings.language, out)  # the folder is the adapter
+        save_head(model, out)
+    else:
+        save_adapter(model, "task", out / "adapter", with_head=False)
+        save_head(model, out / "head")
 
 
 # ------------------------------------------------------------------------------------------------------------

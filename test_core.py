@@ -1494,6 +1494,11 @@ def test_plots_show_curves_orders_and_scores(assets, tmp_path, capsys):
     else:
         picture = target.read_bytes()
         assert status == 0 and picture.startswith(b"\x89PNG") and len(picture) > 20_000
+        assert unfreeze.main(["report", *runs, "--plot", str(tmp_path / "curves.song")]) == 2
+        assert "matplotlib writes no .song" in capsys.readouterr().err
+        (tmp_path / "gu" / "log.jsonl").write_text("{")
+        assert unfreeze.main(["report", *runs, "--plot", str(target)]) == 2
+        assert "log.jsonl is damaged" in capsys.readouterr().err and target.read_bytes() == picture
 
 
 def spoil(name: str, content: str | None):

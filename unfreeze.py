@@ -24,7 +24,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import time
@@ -43,10 +42,10 @@ from huggingface_hub.utils import get_session
 from torch import nn
 from tqdm import tqdm
 
-from adapters import save_adapter, save_head, set_language, write_atomically
+from adapters import set_language, write_atomically
 from fisher import LABELS, fisher_trace
 from tasks import (TASKS, UserError, is_papers_setting, load_data, load_language_adapters, load_model,
-                   paper_figure, predict, resolve, unreachable)
+                   paper_figure, predict, resolve, save_weights, tokens_of, unreachable)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -270,9 +269,15 @@ def train(settings: Settings) -> None:
     introduce(settings, splits, encoded, len(blocks), languages, device)
     state = restore(out, settings, learned, optimizer, unfreezer)
     log = start_log(out, keep=state is not None)
+
+    def validate(step: int) -> dict[str, float]:
+        language = settings.language or "en"
+        scores, _ = evaluate("validation", language)
+        log("eval", step, split="validation", language=language, **scores)
+        return scores
+
     if state is None:
-        untrained, _ = evaluate("validation", settings.language or "en")
-        log("eval", 0, split="validation", language=settings.language or "en", **untrained)
+        untrained = validate(0)
         state = {"step": 0, "losses": [], "averages": [], "seconds": 0, "untrained": untrained,
                  "best": None, "validation": untrained}
     metric = next(iter(state["untrained"]))
@@ -312,8 +317,7 @@ def train(settings: Settings) -> None:
             log("train", step, loss=value, lr=lr)
             progress.set_postfix_str(f"loss {value:.3f}, open {len(unfreezer.trainable)}/{len(blocks)}")
         if position + 1 == per_epoch and (epoch + 1) % patience == 0 or is_last:
-            scores, _ = evaluate("validation", settings.language or "en")
-            log("eval", step, split="validation", language=settings.language or "en", **scores)
+            scores = validate(step)
             if state["best"] is None or scores[metric] > state["validation"][metric]:
                 state |= {"best": copied(learned), "validation": scores}
         if (step + 1) % settings.save_every == 0 and not is_last:
@@ -349,7 +353,8 @@ def train(settings: Settings) -> None:
         "wall_seconds": round(state["seconds"] + time.time() - started, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__}}
-    write_json(out / "results.json", results)  # the last file of a run: it marks the run as finished
+    # the last file of a run: it marks the run as finished
+    write_atomically(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False).encode() + b"\n")
     (out / "checkpoint.pt").unlink(missing_ok=True)
     conclude(out, results, metric)
 
@@ -369,22 +374,6 @@ def copied(learned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
 def put(values: dict[str, torch.Tensor], learned: dict[str, nn.Parameter]) -> None:
     for name, parameter in learned.items():
         parameter.copy_(values[name])
-
-
-def save_weights(out: Path, settings: Settings, model: nn.Module, tokenizer) -> None:
-    """What was trained, in AdapterHub's format; with --method full the whole model, in Hugging Face's."""
-    if settings.method == "full":
-        temporary = out / "model.tmp"
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        shutil.rmtree(out / "model", ignore_errors=True)
-        temporary.rename(out / "model")
-    elif settings.task == "mlm":
-        save_adapter(model, settings.language, out)  # the folder is the adapter
-        save_head(model, out)
-    else:
-        save_adapter(model, "task", out / "adapter", with_head=False)
-        save_head(model, out / "head")
 
 
 def save_checkpoint(out: Path, settings: Settings, learned: dict, optimizer, unfreezer: Unfreezer,
@@ -426,10 +415,6 @@ def restore(out: Path, settings: Settings, learned: dict, optimizer, unfreezer: 
     os.truncate(out / "log.jsonl", saved["log_bytes"])  # what was logged after the checkpoint is done again
     print(f"continuing from step {saved['state']['step']}", flush=True)
     return saved["state"]
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -507,7 +492,7 @@ def fisher_batches(settings: Settings, examples: list, generator: torch.Generato
     """Randomly drawn training batches for one measurement, grouped by length."""
     size = settings.batch_size
     chosen = torch.randperm(len(examples), generator=generator)[: settings.fisher_batches * size].tolist()
-    chosen = sorted((examples[i] for i in chosen), key=lambda example: len(example["input_ids"]))
+    chosen = sorted((examples[i] for i in chosen), key=tokens_of)
     return [collate(chosen[start : start + size]) for start in range(0, len(chosen), size)]
 
 
@@ -659,42 +644,56 @@ def plot(groups: dict[str, dict[str, list[dict]]], path: Path) -> None:
     colours = dict(zip([*SELECT, "full"], matplotlib.colormaps["tab10"].colors))
     for (title, methods), (curve, orders, scores) in zip(groups.items(), panels):
         for method, runs in methods.items():
-            logs = [[json.loads(line) for line in (run["folder"] / "log.jsonl").open(encoding="utf-8")]
-                    for run in runs if (run["folder"] / "log.jsonl").exists()]
-            style = {"color": colours[method], "label": method}
-            for log in logs:
-                traces = [event for event in log if event["event"] == "fisher" and event["trainable"]]
-                steps = [event["step"] for event in traces]
-                curve.plot(steps, [event["average"] for event in traces], color=colours[method], alpha=0.25)
-                curve.plot(steps, [event["moving_average"] for event in traces], **style)
-                points = [([trace for trace in traces if trace["step"] <= event["step"] + 1], event)
-                          for event in log if event.get("split") == "validation"]
-                metric = next(iter(runs[0]["scores"]["en"]))
-                points = [(before[-1]["moving_average"], event[metric]) for before, event in points if before]
-                scores.plot(*zip(*points) if points else ([], []), marker="o", markersize=3, **style)
-                style.pop("label", None)
-            if all(len({step for step, _ in run["order"]}) > 1 for run in runs):  # one after the other
-                positions = {}
-                for run in runs:
-                    for position, (_, block) in enumerate(run["order"]):
-                        positions.setdefault(block, []).append(position)
-                blocks = sorted(positions)
-                orders.plot(blocks, [mean(positions[block]) for block in blocks], marker="o", label=method,
-                            color=colours[method])
-        every = [block for runs in methods.values() for run in runs for _, block in run["order"]]
-        top = max(every, default=0)
+            draw(runs, curve, orders, scores, colours[method])
+        top = max([0, *(block for runs in methods.values() for run in runs for _, block in run["order"])])
         orders.plot([0, top], [top, 0], linestyle=":", color="grey", label="GU's diagonal")
-        for panel, x, y in ((curve, "step", "tr(F) per open block and its moving average"),
-                            (orders, "block (0: bottom)", "mean position in the opening order"),
-                            (scores, "tr(F) per open block, moving average", "validation score")):
-            panel.set(xlabel=x, ylabel=y)
-            panel.legend(fontsize="small")
+        curve.set(xlabel="step", ylabel="tr(F) per open block and its moving average")
+        orders.set(xlabel="block (0: bottom)", ylabel="mean position in the opening order")
+        scores.set(xlabel="tr(F) per open block, moving average", ylabel="validation score")
+        for panel in (curve, orders, scores):
+            if panel.get_legend_handles_labels()[0]:
+                panel.legend(fontsize="small")
         curve.set_title(title, loc="left", fontsize="medium")
     figure.tight_layout()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=120)
+    try:
+        figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=120)
+    except ValueError:
+        raise UserError(f"--plot {path}: matplotlib writes no {path.suffix}; name a .png") from None
     pyplot.close(figure)
     write_atomically(path, buffer.getvalue())
+
+
+def draw(runs: list[dict], curve, orders, scores, colour) -> None:
+    """One method: a curve of tr(F) and of validation scores per run, and the mean position of each block."""
+    metric, style = next(iter(runs[0]["scores"]["en"])), {"color": colour, "label": runs[0]["method"]}
+    if all(len({step for step, _ in run["order"]}) > 1 for run in runs):  # one block after the other
+        positions: dict[int, list[int]] = {}
+        for run in runs:
+            for position, (_, block) in enumerate(run["order"]):
+                positions.setdefault(block, []).append(position)
+        orders.plot(sorted(positions), [mean(positions[block]) for block in sorted(positions)], marker="o",
+                    **style)
+    for log in filter(None, map(read_log, runs)):
+        traces = [event for event in log if event["event"] == "fisher" and event["trainable"]]
+        steps = [event["step"] for event in traces]
+        curve.plot(steps, [event["average"] for event in traces], color=colour, alpha=0.25)
+        curve.plot(steps, [event["moving_average"] for event in traces], **style)
+        points = [(trace["moving_average"], event[metric])
+                  for event in log if event.get("split") == "validation"
+                  for trace in [trace for trace in traces if trace["step"] <= event["step"] + 1][-1:]]
+        scores.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, **style)
+        style.pop("label", None)  # one entry in the legend
+
+
+def read_log(run: dict) -> list[dict]:
+    path = run["folder"] / "log.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        raise UserError(f"{path} is damaged: leave {run['folder']} out, or run it again") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
