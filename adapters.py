@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -442,13 +443,18 @@ def _model_facts(model: nn.Module) -> dict:
 def _write_folder(folder: str | Path, config_name: str, config: dict, weights_name: str, weights: dict):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()  # torch.save to a path would store the path's name: the same weights, other bytes
-    torch.save({key: value.detach().cpu().clone() for key, value in weights.items()}, buffer)
-    write_atomically(folder / weights_name, buffer.getvalue())
+    save_tensors(folder / weights_name, {key: value.detach().cpu().clone() for key, value in weights.items()})
     write_atomically(folder / config_name, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def save_tensors(path: Path, content: dict) -> None:
+    """`torch.save`, whole or not at all, and with the same bytes wherever the file stands."""
+    buffer = io.BytesIO()  # to a path, torch.save would store its name, and a full disk is no OSError
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write beside `path`, then rename: the file is the old or the new one, even on a full disk."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -489,7 +495,7 @@ def _load(model: nn.Module, source: str | Path, name: str | None, language: bool
     facts = _read_facts(folder / "adapter_config.json", model)
     config = _read_config(folder, facts)
     weights = {_modern(key).removeprefix(model.base_model_prefix + "."): value for key, value
-               in _read_weights(folder, "adapter.safetensors", "pytorch_adapter.bin").items()}
+               in _read_weights(model, folder, "adapter.safetensors", "pytorch_adapter.bin").items()}
     kind = facts.get("type", "text_lang" if config.get("inv_adapter") else "text_task")
     if kind == "text_task" and not any(key.startswith("invertible_adapters.") for key in weights):
         config |= {"inv_adapter": None}  # early task adapters have one in their config and none in the file
@@ -618,17 +624,30 @@ def _modern(key: str) -> str:
     return key
 
 
-def _read_weights(folder: Path, *names: str) -> dict[str, torch.Tensor]:
-    """The tensors in the first of these files that exists; no code in a file is ever run."""
+def load_tensors(path: Path, most_bytes: int, device: str | torch.device = "cpu") -> dict:
+    """`torch.load` without running any code in the file. Raises ValueError, before anything is unpacked, if
+    there are more than so many bytes to unpack, and whatever a damaged file provokes."""
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = max(size, sum(entry.file_size for entry in archive.infolist()))
+    if size > most_bytes:
+        raise ValueError(f"{path} unpacks to {size} bytes, more than the {most_bytes} that it could need")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def _read_weights(model: nn.Module, folder: Path, *names: str) -> dict[str, torch.Tensor]:
+    """The tensors in the first of these files that exists, which must not be larger than the model."""
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} has no weights: neither {' nor '.join(names)}")
+    most_bytes = 8 * sum(parameter.numel() for parameter in model.parameters()) + 2**20
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
-            weights = load_file(path)
+            weights = load_file(path)  # memory-mapped: its sizes are checked against the file's
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = load_tensors(path, most_bytes)
         assert all(isinstance(key, str) and value.is_floating_point() for key, value in weights.items())
     except Exception as error:  # whatever a damaged or hostile file provokes
         raise ValueError(f"{path} holds no readable weights ({type(error).__name__}): save or download it "
@@ -637,7 +656,7 @@ def _read_weights(folder: Path, *names: str) -> dict[str, torch.Tensor]:
 
 
 def _read_head(model: nn.Module, folder: Path) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    weights = _read_weights(folder, "model_head.safetensors", "pytorch_model_head.bin")
+    weights = _read_weights(model, folder, "model_head.safetensors", "pytorch_model_head.bin")
     mine, tied = _head(model), model.state_dict().keys() - _head(model).keys()
     _check_fit(folder, mine, {key: value for key, value in weights.items() if key not in tied})
     return [(parameter, weights[key]) for key, parameter in mine.items()]

@@ -27,7 +27,6 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (AutoModelForMaskedLM, AutoModelForMultipleChoice, AutoModelForQuestionAnswering,
                           AutoModelForSequenceClassification, AutoTokenizer, DataCollatorForLanguageModeling,
@@ -116,9 +115,12 @@ def read_lines(path: Path) -> dict[str, dict]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                rows[f"{path}:{number}"] = json.loads(line.decode("utf-8"))
-            except ValueError:
-                rows[f"{path}:{number}"] = None
+                row = json.loads(line.decode("utf-8"))
+                if b"\\u" in line:  # half a surrogate pair is JSON, but no text
+                    json.dumps(row, ensure_ascii=False).encode("utf-8")
+            except (ValueError, RecursionError):
+                row = None
+            rows[f"{path}:{number}"] = row
     if not rows:
         raise UserError(f"{path} is empty: it needs one JSON object a line")
     return rows
@@ -545,11 +547,22 @@ def load_model(settings, labels: list):
         config = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     elif head is AutoModelForQuestionAnswering:
         config = {"num_labels": 2}  # start and end, whatever the model was trained for before
+    config |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        model = head.from_pretrained(settings.model, use_safetensors=True, **config)
+        for index in folder.glob("*.index.json"):  # of a model in several files
+            if any(Path(name).name != name for name in json.loads(index.read_bytes())["weight_map"].values()):
+                raise ValueError(f"{index} names files outside of the folder")
+        tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
+        model, loaded = head.from_pretrained(settings.model, **config)
+        random = [key for key in loaded["missing_keys"] if ".encoder." in key or ".embeddings." in key]
+        if random:
+            raise ValueError(f"its weights lack {min(random)} and {len(random) - 1} more")
+        if tokenizer.pad_token is None or len(tokenizer) > model.config.vocab_size:
+            raise ValueError("its tokenizer has no padding token, or more tokens than the model")
         blocks = add_blocks(settings, model)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever damaged or hostile files provoke
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load model {settings.model!r} ({reason}): --model takes a folder with "
                         "config.json, model.safetensors and a tokenizer, or a hub name") from None
@@ -601,8 +614,12 @@ def save_weights(out: Path, settings, model: nn.Module, tokenizer) -> None:
     """What was trained, in AdapterHub's format; with --method full the whole model, in Hugging Face's."""
     if settings.method == "full":
         temporary = out / "model.tmp"
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        try:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        except Exception as error:  # these libraries' own kinds
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(None, str(error).splitlines()[0], temporary) from None
         shutil.rmtree(out / "model", ignore_errors=True)
         temporary.rename(out / "model")
     elif settings.task == "mlm":

@@ -18,22 +18,28 @@ chooses its first block by tr(F) too (there it is the top one), tr(F) is equatio
 
 import argparse
 import dataclasses
+import fcntl
+import hashlib
 import io
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from statistics import mean, stdev
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS; read when CUDA starts
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # during the slow imports; main() has its own
 
 import torch
 import transformers
@@ -42,7 +48,7 @@ from huggingface_hub.utils import get_session
 from torch import nn
 from tqdm import tqdm
 
-from adapters import set_language, write_atomically
+from adapters import load_tensors, save_tensors, set_language, write_atomically
 from fisher import LABELS, fisher_trace
 from tasks import (TASKS, UserError, is_papers_setting, load_data, load_language_adapters, load_model,
                    paper_figure, predict, resolve, save_weights, tokens_of, unreachable)
@@ -246,10 +252,18 @@ def train(settings: Settings) -> None:
     learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(learned.values(), lr=settings.lr, weight_decay=0.0)
 
+    readings: list[torch.Tensor] = []  # by step: loss and norm of the gradient, still on the device
     traces: dict[int, list[float]] = {}  # by step: FUN's choice and the report share one measurement
+
+    def read_back(step: int) -> None:
+        if readings:
+            values = torch.stack(readings).tolist()  # the only thing in training that waits for the device
+            state["losses"] += finite_losses(settings, values, step, len(examples))
+            readings.clear()
 
     def trace() -> list[float]:
         if step not in traces:
+            read_back(step)
             generator = torch.Generator().manual_seed(settings.seed * 100_003 + step)  # not training's
             batches = fisher_batches(settings, examples, generator, collate)
             try:
@@ -267,68 +281,73 @@ def train(settings: Settings) -> None:
     except ValueError as error:
         raise UserError(f"--order {settings.order}: {error}") from None
     introduce(settings, splits, encoded, len(blocks), languages, device)
-    state = restore(out, settings, learned, optimizer, unfreezer)
-    log = start_log(out, keep=state is not None)
+    log_file = claim(out, settings)
+    identity = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(settings).items()}
+    identity["data of fingerprint"] = fingerprint(splits)
+    state = restore(out, identity, learned, optimizer, unfreezer) or start_anew(out)
 
-    def validate(step: int) -> dict[str, float]:
-        language = settings.language or "en"
-        scores, _ = evaluate("validation", language)
-        log("eval", step, split="validation", language=language, **scores)
-        return scores
+    def log(event: str, step: int, **fields) -> None:
+        line = (json.dumps({"event": event, "step": step} | fields) + "\n").encode()
+        while line:  # unbuffered: a full disk may take a part of it
+            line = line[log_file.write(line) :]
 
-    if state is None:
-        untrained = validate(0)
-        state = {"step": 0, "losses": [], "averages": [], "seconds": 0, "untrained": untrained,
-                 "best": None, "validation": untrained}
-    metric = next(iter(state["untrained"]))
     is_measured = bool(blocks) and settings.task != "mlm"
     per_epoch = math.ceil(len(examples) / settings.batch_size)
-    patience = math.ceil(50 / per_epoch)  # epochs between two validations: an epoch of COPA has 7 steps
-    progress = tqdm(range(state["step"], settings.steps), initial=state["step"], total=settings.steps,
+    stride = per_epoch * math.ceil(50 / per_epoch)  # steps between two validations: an epoch of COPA has 7
+    asked_to_stop: list[int] = []  # the signals: the step under way is finished first, unless two arrive
+
+    def ask_to_stop(number: int, _) -> None:
+        asked_to_stop.append(number)
+        on_stop_signals(stop_now)
+
+    progress = tqdm(range(state["step"], settings.steps + 1), initial=state["step"], total=settings.steps,
                     desc=settings.method, mininterval=1, dynamic_ncols=True)
-    for step in progress:
-        epoch, position = divmod(step, per_epoch)
-        if position == 0 or step == state["step"]:
-            order = train_order(settings.seed, epoch, len(examples))
-        opened = unfreezer.step(step)  # Algorithm 1: add the blocks that SELECT() names to S
+    for step in progress:  # look, then train; after the last step only look
+        is_end = step == settings.steps
+        if step % stride == 0 or is_end:
+            on_stop_signals(stop_now)  # all is in the checkpoint
+            scores, _ = evaluate("validation", settings.language or "en")
+            log("eval", step, split="validation", language=settings.language or "en", **scores)
+            metric = next(iter(scores))
+            if state["best"] is None or scores[metric] > state["validation"][metric]:
+                state |= {"best": copied(learned) if step else None, "validation": scores}
+            state.setdefault("untrained", scores)
+        opened = [] if is_end else unfreezer.step(step)  # Algorithm 1: add the blocks SELECT() names to S
         if opened:
             log("open", step, blocks=opened)
-        if is_measured and (step in traces or step % (settings.fisher_every or per_epoch) == 0):
+        if is_measured and (is_end or step in traces or step % (settings.fisher_every or per_epoch) == 0):
             report_trace(log, step, trace(), unfreezer.trainable, state["averages"])
+        if is_end:
+            break
 
+        on_stop_signals(ask_to_stop)
         model.train()
-        lr = settings.lr * (1 - step / settings.steps if settings.decay == "linear" else 1)  # no warm-up
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        chosen = order[position * settings.batch_size : (position + 1) * settings.batch_size]
+            group["lr"] = learning_rate(settings, step)
         with autocast():
-            loss = task.loss(model, collate([examples[i] for i in chosen]))
+            loss = task.loss(model, collate([examples[i] for i in batch_of(settings, step, len(examples))]))
         loss.backward()  # reaches down to the lowest open block and no further
-        nn.utils.clip_grad_norm_(learned.values(), 1.0)
+        norm = nn.utils.clip_grad_norm_(learned.values(), 1.0)
         optimizer.step()  # a frozen block has grad=None and is left alone
         optimizer.zero_grad()
 
-        state["losses"].append(loss.detach())
-        is_last = step + 1 == settings.steps
-        if (step + 1) % 10 == 0 or is_last:  # the only read-back from the device
-            value, state["losses"] = torch.stack(state["losses"]).mean().item(), []
-            if not math.isfinite(value):
-                raise UserError(f"the loss is {value} near step {step}: lower --lr (now {settings.lr})")
-            log("train", step, loss=value, lr=lr)
+        readings.append(torch.stack([loss.detach().float(), norm]))
+        done, is_stopping = step + 1, bool(asked_to_stop)
+        is_saved = is_stopping or 0 in (done % settings.save_every, done % stride, settings.steps - done)
+        if is_saved or done % 10 == 0:
+            read_back(done)
+        if done % 10 == 0 or done == settings.steps:
+            value, state["losses"] = mean(state["losses"]), []
+            log("train", step, loss=value, lr=learning_rate(settings, step))
             progress.set_postfix_str(f"loss {value:.3f}, open {len(unfreezer.trainable)}/{len(blocks)}")
-        if position + 1 == per_epoch and (epoch + 1) % patience == 0 or is_last:
-            scores = validate(step)
-            if state["best"] is None or scores[metric] > state["validation"][metric]:
-                state |= {"best": copied(learned), "validation": scores}
-        if (step + 1) % settings.save_every == 0 and not is_last:
+        if is_saved:
             if settings.task == "mlm":
                 save_weights(out, settings, model, tokenizer)  # usable from now on
             seconds = state["seconds"] + time.time() - started
-            save_checkpoint(out, settings, learned, optimizer, unfreezer,
-                            state | {"step": step + 1, "seconds": seconds})
-    step = settings.steps
-    if is_measured:
-        report_trace(log, step, trace(), unfreezer.trainable, state["averages"])
+            save_checkpoint(out, identity, learned, optimizer, unfreezer,
+                            state | {"step": done, "seconds": seconds}, log_file)
+        if is_stopping:
+            raise KeyboardInterrupt(128 + asked_to_stop[0])
 
     if state["best"] is not None:
         put(state["best"], learned)
@@ -373,48 +392,101 @@ def copied(learned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def put(values: dict[str, torch.Tensor], learned: dict[str, nn.Parameter]) -> None:
     for name, parameter in learned.items():
+        assert values[name].shape == parameter.shape, name
         parameter.copy_(values[name])
 
 
-def save_checkpoint(out: Path, settings: Settings, learned: dict, optimizer, unfreezer: Unfreezer,
-                    state: dict) -> None:
+def learning_rate(settings: Settings, step: int) -> float:
+    return settings.lr * (1 - step / settings.steps if settings.decay == "linear" else 1)  # no warm-up
+
+
+@lru_cache(maxsize=1)
+def train_order(seed: int, epoch: int, examples: int) -> list[int]:
+    """Every example once, in an order that depends on seed and epoch alone."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    return torch.randperm(examples, generator=generator).tolist()
+
+
+def batch_of(settings: Settings, step: int, examples: int) -> list[int]:
+    """The numbers of the examples that a step trains on."""
+    epoch, position = divmod(step, math.ceil(examples / settings.batch_size))
+    start = position * settings.batch_size
+    return train_order(settings.seed, epoch, examples)[start : start + settings.batch_size]
+
+
+def finite_losses(settings: Settings, readings: list[list[float]], done: int, examples: int) -> list[float]:
+    """The losses of the last steps; no step counts from one on whose loss or gradient is NaN or infinite."""
+    for step, (loss, norm) in enumerate(readings, done - len(readings)):
+        if not math.isfinite(loss + norm):
+            batch = ", ".join(map(str, batch_of(settings, step, examples)))
+            raise UserError(f"the loss is {loss:g} and its gradient's norm {norm:g} at step {step} (learning "
+                            f"rate {learning_rate(settings, step):g}, training examples {batch}): lower --lr, "
+                            "and pass --overwrite if the run has a checkpoint")
+    return [loss for loss, _ in readings]
+
+
+def fingerprint(splits: dict[str, list[dict]]) -> str:
+    """Of the rows that shape training."""
+    rows = json.dumps([splits["train"], splits["validation"]], sort_keys=True)
+    return hashlib.sha256(rows.encode()).hexdigest()[:16]
+
+
+def save_checkpoint(out: Path, identity: dict, learned: dict, optimizer, unfreezer: Unfreezer,
+                    state: dict, log_file: io.FileIO) -> None:
     """Write checkpoint.pt: all that the rest of the run depends on, except the frozen base model."""
     rng = {"cpu": torch.get_rng_state()}
     if next(iter(learned.values())).is_cuda:
         rng["cuda"] = torch.cuda.get_rng_state()
-    temporary = out / "checkpoint.tmp"
-    torch.save({"settings": dataclasses.asdict(settings), "learned": copied(learned), "rng": rng,
-                "optimizer": optimizer.state_dict(), "unfreezer": unfreezer.state_dict(), "state": state,
-                "log_bytes": (out / "log.jsonl").stat().st_size}, temporary)
-    temporary.replace(out / "checkpoint.pt")
+    os.fsync(log_file)
+    save_tensors(out / "checkpoint.pt", {
+        "identity": identity, "learned": copied(learned), "optimizer": optimizer.state_dict(), "rng": rng,
+        "unfreezer": unfreezer.state_dict(), "state": state,
+        "log_bytes": os.fstat(log_file.fileno()).st_size})
 
 
-def restore(out: Path, settings: Settings, learned: dict, optimizer, unfreezer: Unfreezer) -> dict | None:
+def restore(out: Path, identity: dict, learned: dict, optimizer, unfreezer: Unfreezer) -> dict | None:
     """Continue from checkpoint.pt if there is one; returns the loop's state, or None."""
-    path = out / "checkpoint.pt"
-    if settings.overwrite or not path.exists():
+    path, log = out / "checkpoint.pt", out / "log.jsonl"
+    if identity["--overwrite"] or not path.exists():
         return None
+    device = next(iter(learned.values())).device
+    size = sum(parameter.numel() * parameter.element_size() for parameter in learned.values())
     try:
-        device = next(iter(learned.values())).device
-        saved = torch.load(path, map_location=device, weights_only=True)
-        given = {name: (saved["settings"].get(name), value)
-                 for name, value in dataclasses.asdict(settings).items()}
+        saved = load_tensors(path, 5 * size + 2**24, device)  # the weights, the best ones, AdamW's two moments
+        for name, now in identity.items():
+            then = saved["identity"][name]
+            if then != now and name not in ("--out", "--overwrite", "--save-every", "--device"):
+                raise UserError(f"{path} is of a run with {name} {then}, not {now}: give the same options and "
+                                "data, or --overwrite to start anew")
+        state = saved["state"]
+        assert 0 < state["step"] <= identity["--steps"] and log.stat().st_size >= saved["log_bytes"]
+        for values in filter(None, (state["best"], saved["learned"])):  # both must fit
+            put(values, learned)
+        optimizer.load_state_dict(saved["optimizer"])
+        assert all(value.shape in ((), parameter.shape) for parameter, moments in optimizer.state.items()
+                   for value in moments.values())
+        saved["unfreezer"]["generator"] = saved["unfreezer"]["generator"].cpu()
+        unfreezer.load_state_dict(saved["unfreezer"])
+        torch.set_rng_state(saved["rng"]["cpu"].cpu())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
+    except (UserError, OSError):
+        raise
     except Exception:  # whatever a damaged file provokes
-        raise UserError(f"{path} is damaged: pass --overwrite to start anew") from None
-    for name, (then, now) in given.items():
-        if then != now and name not in ("out", "overwrite", "save_every", "device"):
-            raise UserError(f"{path} is of a run with --{name.replace('_', '-')} {then}, not {now}: give the "
-                            "same options, or --overwrite to start anew")
-    put(saved["learned"], learned)
-    optimizer.load_state_dict(saved["optimizer"])
-    saved["unfreezer"]["generator"] = saved["unfreezer"]["generator"].cpu()
-    unfreezer.load_state_dict(saved["unfreezer"])
-    torch.set_rng_state(saved["rng"]["cpu"].cpu())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
-    os.truncate(out / "log.jsonl", saved["log_bytes"])  # what was logged after the checkpoint is done again
-    print(f"continuing from step {saved['state']['step']}", flush=True)
-    return saved["state"]
+        raise UserError(f"{path} or log.jsonl is damaged: pass --overwrite to start anew") from None
+    os.truncate(log, saved["log_bytes"])  # what was logged after the checkpoint is done again
+    print(f"continuing from step {state['step']}", flush=True)
+    return state
+
+
+def start_anew(out: Path) -> dict:
+    """Clear away what an earlier run left in its folder; returns the loop's state at the start."""
+    for name in ("checkpoint.pt", "results.json"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("adapter", "head", "model", "predictions"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    os.truncate(out / "log.jsonl", 0)
+    return {"step": 0, "losses": [], "averages": [], "seconds": 0, "best": None}
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -428,24 +500,24 @@ def run_folder(settings: Settings) -> Path:
     kind += f"-{settings.train_examples}" if settings.train_examples else ""
     run = f"/{settings.language}" if settings.task == "mlm" else f"{kind}-{settings.method}-{settings.seed}"
     out = Path(settings.out or f"runs/{settings.task}-{Path(settings.model).name}{run}")
-    if (out / "results.json").exists() and not settings.overwrite:
+    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if "results.json" in found and not settings.overwrite:
         raise UserError(f"{out} holds a finished run: choose another --out or pass --overwrite")
+    if found and not found & {"results.json", "log.jsonl"}:
+        raise UserError(f"{out} holds files that are not a run's: choose another --out")
     return out
 
 
-def start_log(out: Path, keep: bool) -> Callable:
-    """Begin log.jsonl in the run's folder; returns log(event, step, **fields), which appends one line."""
+def claim(out: Path, settings: Settings) -> io.FileIO:
+    """Open log.jsonl to append, for this process alone until it ends, however it ends."""
     out.mkdir(parents=True, exist_ok=True)
-    if not keep:
-        (out / "checkpoint.pt").unlink(missing_ok=True)
-        (out / "log.jsonl").write_text("")
-    (out / "results.json").unlink(missing_ok=True)  # from here on the folder holds a run in progress
-
-    def log(event: str, step: int, **fields) -> None:
-        with (out / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, "step": step} | fields) + "\n")
-
-    return log
+    log_file = (out / "log.jsonl").open("ab", buffering=0)
+    try:
+        fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {out}: let it finish, or choose another --out")
+    run_folder(settings)  # again: another process may have finished it by now
+    return log_file
 
 
 def introduce(settings: Settings, splits: dict, encoded: dict, blocks: int, languages: dict,
@@ -480,12 +552,6 @@ def conclude(out: Path, results: dict, metric: str) -> None:
     if results["average"]:
         line += f", mean of {len(results['scores']) - 1} target languages {results['average'][metric]:.1f}"
     print(f"{out}: {metric}: {line}; {results['wall_seconds']:.0f} s")
-
-
-def train_order(seed: int, epoch: int, examples: int) -> list[int]:
-    """Every example once, in an order that depends on seed and epoch alone."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    return torch.randperm(examples, generator=generator).tolist()
 
 
 def fisher_batches(settings: Settings, examples: list, generator: torch.Generator, collate: Callable) -> list:
@@ -716,21 +782,27 @@ def parse(arguments: list[str]) -> Settings:
     return Settings(**given | {"method": given["method"] or ("standard" if given["task"] == "mlm" else "gu")})
 
 
+def on_stop_signals(act: Callable) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, act)
+
+
+def stop_now(number: int, _) -> None:
+    raise KeyboardInterrupt(128 + number)
+
+
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a user's mistake, 130 or 143 interrupted."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
-    def stop(number, _):
-        raise KeyboardInterrupt(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    on_stop_signals(stop_now)
     try:
         if arguments[:1] == ["report"]:
             report(arguments[1:])
         else:
             train(parse(arguments))
+        sys.stdout.flush()
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -739,11 +811,20 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error.filename or 'writing the run'}: {error.strerror or error}; check the path, its "
               "permissions and the space on its disk, or choose another --out", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            if "can't allocate memory" not in str(error):  # how the CPU's allocator puts it
+                raise
+        print("error: out of memory: lower --batch-size or --max-length (with --overwrite if the run has a "
+              "checkpoint), or run where more is free", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:
-        print("interrupted: the same command goes on from the last checkpoint (--save-every), or starts anew",
+        print("interrupted: the same command goes on from the last checkpoint, or starts if there is none",
               file=sys.stderr)
         return interrupt.args[0]
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(status)  # at once: what a closed pipe or a full disk has refused is not tried again
