@@ -460,8 +460,8 @@ def restore(out: Path, identity: dict, learned: dict, optimizer, unfreezer: Unfr
                                 "data, or --overwrite to start anew")
         state = saved["state"]
         assert 0 < state["step"] <= identity["--steps"] and log.stat().st_size >= saved["log_bytes"]
-        for values in filter(None, (state["best"], saved["learned"])):  # both must fit
-            put(values, learned)
+        put(saved["learned"] if state["best"] is None else state["best"], learned)  # both must fit
+        put(saved["learned"], learned)
         optimizer.load_state_dict(saved["optimizer"])
         assert all(value.shape in ((), parameter.shape) for parameter, moments in optimizer.state.items()
                    for value in moments.values())
@@ -470,10 +470,11 @@ def restore(out: Path, identity: dict, learned: dict, optimizer, unfreezer: Unfr
         torch.set_rng_state(saved["rng"]["cpu"].cpu())
         if device.type == "cuda":
             torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
-    except (UserError, OSError):
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception:  # whatever a damaged file provokes
-        raise UserError(f"{path} or log.jsonl is damaged: pass --overwrite to start anew") from None
+    except Exception as error:  # whatever a damaged file provokes
+        raise UserError(f"{path} ({type(error).__name__}) or log.jsonl is damaged: pass --overwrite to start "
+                        "anew") from None
     os.truncate(log, saved["log_bytes"])  # what was logged after the checkpoint is done again
     print(f"continuing from step {state['step']}", flush=True)
     return state
