@@ -637,15 +637,15 @@ def load_tensors(path: Path, most_bytes: int, device: str | torch.device = "cpu"
 
 
 def _read_weights(model: nn.Module, folder: Path, *names: str) -> dict[str, torch.Tensor]:
-    """The tensors in the first of these files that exists, which must not be larger than the model."""
+    """The tensors in the first of these files that exists."""
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} has no weights: neither {' nor '.join(names)}")
-    most_bytes = 8 * sum(parameter.numel() for parameter in model.parameters()) + 2**20
+    most_bytes = 8 * sum(parameter.numel() for parameter in model.parameters()) + 2**20  # no adapter has so many
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
-            weights = load_file(path)  # memory-mapped: its sizes are checked against the file's
+            weights = load_file(path)  # checks the sizes it names against the file's
         else:
             weights = load_tensors(path, most_bytes)
         assert all(isinstance(key, str) and value.is_floating_point() for key, value in weights.items())

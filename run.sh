@@ -97,6 +97,6 @@ case $task in
         if [[ $method == all ]]; then
             compare "$task" "standard gu lpft rand rev fun full" "0 1 2 3" "$task" "$@"
         else
-            python "$here/unfreeze.py" "$task" ${method:+--method "$method"} "$@"
+            exec python "$here/unfreeze.py" "$task" ${method:+--method "$method"} "$@"  # it gets the signals
         fi ;;
 esac

@@ -554,9 +554,9 @@ def load_model(settings, labels: list):
                 raise ValueError(f"{index} names files outside of the folder")
         tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
         model, loaded = head.from_pretrained(settings.model, **config)
-        random = [key for key in loaded["missing_keys"] if ".encoder." in key or ".embeddings." in key]
-        if random:
-            raise ValueError(f"its weights lack {min(random)} and {len(random) - 1} more")
+        lacking = [key for key in loaded["missing_keys"] if ".encoder." in key or ".embeddings." in key]
+        if lacking:  # they would be random
+            raise ValueError(f"its weights lack {min(lacking)} and {len(lacking) - 1} more")
         if tokenizer.pad_token is None or len(tokenizer) > model.config.vocab_size:
             raise ValueError("its tokenizer has no padding token, or more tokens than the model")
         blocks = add_blocks(settings, model)

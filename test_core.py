@@ -625,6 +625,7 @@ BAD_FILES = {
                         "adapter.safetensors holds no readable weights"),
     "code in a pickle": (lambda folder: torch.save(Bomb(), folder / "pytorch_adapter.bin"),
                          "(UnpicklingError)"),
+    "a bomb": (lambda folder: inflate("pytorch_adapter.bin")(folder), "no readable weights (ValueError)"),
     "no tensors": (break_weights(lambda weights: dict.fromkeys(weights, 1)), "holds no readable weights"),
     "integers": (break_weights(lambda weights: {key: value.long() for key, value in weights.items()}),
                  "holds no readable weights"),
@@ -1647,8 +1648,8 @@ BAD_INPUTS = {
     "its own code": ("", with_code, "cannot load model"),
     "no tokenizer": ("", write(TOKENIZER, None), "cannot load model"),
     "broken tokenizer": ("", write(TOKENIZER, "{}"), "cannot load model"),
-    "small vocabulary": ("", lambda folder: tiny_model(
-        hidden_size=64, vocab_size=9).base_model.save_pretrained(folder / "model"), "more tokens than the mod"),
+    "small vocabulary": ("", lambda folder: tiny_model(vocab_size=9).base_model.save_pretrained(
+        folder / "model"), "more tokens than the model"),
     # a stopped run
     "another learning rate": ("--lr 0.02", None, "is of a run with --lr 0.01, not 0.02"),
     "another seed": ("--seed 7", None, "is of a run with --seed 0, not 7"),
@@ -1867,8 +1868,8 @@ def file_size(limit: int):
 
 def test_results_do_not_depend_on_the_progress_bar_or_on_what_is_measured(assets, tmp_path, monkeypatch):
     outcomes = []
-    for name, options in (("a", ["--fisher-every", 1]), ("b", ["--fisher-every", 5]), ("c", ["--save-every", 1])):
-        run = start(command(assets, tmp_path / name, "--method", "fun", *options))
+    for name, options in (("a", "--fisher-every 1"), ("b", "--fisher-every 5"), ("c", "--save-every 1")):
+        run = start(command(assets, tmp_path / name, "--method", "fun", *options.split()))
         error = run.communicate()[1]
         assert run.returncode == 0 and ("loss" in error) == (name == "a"), error
         monkeypatch.setenv("TQDM_DISABLE", "1")
@@ -1880,7 +1881,7 @@ def test_results_do_not_depend_on_the_progress_bar_or_on_what_is_measured(assets
 
 def survive(assets: Path, folder: Path, kills: int, seed: int = 0):
     """Kill (SIGKILL) so many runs of four methods at random instants, a third of them inside the writing of
-    a checkpoint, a third twice; yields for each what happened, and whether all it leaves is as if undisturbed.
+    a checkpoint, a third twice; yields for each what happened, and whether it left what it should have.
     """
     chance, whole, seconds = random.Random(seed), {}, {}
     for number in range(kills):

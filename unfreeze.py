@@ -420,8 +420,8 @@ def finite_losses(settings: Settings, readings: list[list[float]], done: int, ex
         if not math.isfinite(loss + norm):
             batch = ", ".join(map(str, batch_of(settings, step, examples)))
             raise UserError(f"the loss is {loss:g} and its gradient's norm {norm:g} at step {step} (learning "
-                            f"rate {learning_rate(settings, step):g}, training examples {batch}): lower --lr, "
-                            "and pass --overwrite if the run has a checkpoint")
+                            f"rate {learning_rate(settings, step):g}, training examples {batch}): lower "
+                            "--lr, and pass --overwrite if the run has a checkpoint")
     return [loss for loss, _ in readings]
 
 
@@ -452,12 +452,12 @@ def restore(out: Path, identity: dict, learned: dict, optimizer, unfreezer: Unfr
     device = next(iter(learned.values())).device
     size = sum(parameter.numel() * parameter.element_size() for parameter in learned.values())
     try:
-        saved = load_tensors(path, 5 * size + 2**24, device)  # the weights, the best ones, AdamW's two moments
+        saved = load_tensors(path, 5 * size + 2**24, device)  # weights, best weights, AdamW's two moments
         for name, now in identity.items():
             then = saved["identity"][name]
             if then != now and name not in ("--out", "--overwrite", "--save-every", "--device"):
-                raise UserError(f"{path} is of a run with {name} {then}, not {now}: give the same options and "
-                                "data, or --overwrite to start anew")
+                raise UserError(f"{path} is of a run with {name} {then}, not {now}: give the same options "
+                                "and data, or --overwrite to start anew")
         state = saved["state"]
         assert 0 < state["step"] <= identity["--steps"] and log.stat().st_size >= saved["log_bytes"]
         put(saved["learned"] if state["best"] is None else state["best"], learned)  # both must fit
