@@ -641,7 +641,7 @@ def _read_weights(model: nn.Module, folder: Path, *names: str) -> dict[str, torc
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} has no weights: neither {' nor '.join(names)}")
-    most_bytes = 8 * sum(parameter.numel() for parameter in model.parameters()) + 2**20  # no adapter has so many
+    most_bytes = 2**20 + 8 * sum(parameter.numel() for parameter in model.parameters())  # of any adapter
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

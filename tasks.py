@@ -27,6 +27,8 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from torch import nn
 from transformers import (AutoModelForMaskedLM, AutoModelForMultipleChoice, AutoModelForQuestionAnswering,
                           AutoModelForSequenceClassification, AutoTokenizer, DataCollatorForLanguageModeling,
@@ -598,7 +600,10 @@ def load_language_adapters(settings, model: nn.Module, languages: list[str]) -> 
             add_language_adapter(model, language, place)
             stacked[language] = language
         except ValueError as error:
-            raise UserError(f"--language-adapters {source}: {error}") from None
+            is_cached = try_to_load_from_cache(str(place), "adapter_config.json") if is_hub else None
+            if not (is_hub and HF_HUB_OFFLINE and language != "en" and is_cached is None):
+                raise UserError(f"--language-adapters {source}: {error}") from None
+            stacked[language] = "en"  # offline, what a warm cache has nothing of is what the hub lacks
         except FileNotFoundError as error:
             if not is_hub and (place.is_dir() or language == "en"):  # the task adapter trains above English
                 raise UserError(f"--language-adapters {source}: {error}") from None
