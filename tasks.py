@@ -600,8 +600,8 @@ def load_language_adapters(settings, model: nn.Module, languages: list[str]) -> 
             add_language_adapter(model, language, place)
             stacked[language] = language
         except ValueError as error:
-            is_cached = try_to_load_from_cache(str(place), "adapter_config.json") if is_hub else None
-            if not (is_hub and HF_HUB_OFFLINE and language != "en" and is_cached is None):
+            is_offline = is_hub and HF_HUB_OFFLINE
+            if language == "en" or not is_offline or try_to_load_from_cache(place, "adapter_config.json"):
                 raise UserError(f"--language-adapters {source}: {error}") from None
             stacked[language] = "en"  # offline, what a warm cache has nothing of is what the hub lacks
         except FileNotFoundError as error:

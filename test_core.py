@@ -1755,9 +1755,9 @@ def test_only_one_process_works_in_a_folder_until_it_dies(assets, tmp_path, caps
     assert "is of a run with --seed 0, not 1" in capsys.readouterr().err
 
 
-def start(arguments: list[str], **options) -> subprocess.Popen:
+def start(arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, HERE / "unfreeze.py", *arguments], stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True, **options)
+                            stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(path: Path, run: subprocess.Popen) -> None:
@@ -2112,9 +2112,8 @@ def test_a_language_adapter_is_learnt_and_usable_at_once(assets, tmp_path, capsy
 def test_a_killed_mlm_run_continues_to_the_very_same_bits(assets, tmp_path, capsys):
     assert unfreeze.main(mlm(assets, tmp_path / "whole")) == 0
     for _ in range(2):  # killed twice, the second time inside the continued run
-        run = subprocess.Popen([sys.executable, HERE / "unfreeze.py", *mlm(assets, tmp_path / "cut")],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        path, seen = tmp_path / "cut" / "checkpoint.pt", None
+        run = start(mlm(assets, tmp_path / "cut"))
+        path = tmp_path / "cut" / "checkpoint.pt"
         seen = path.stat().st_mtime_ns if path.exists() else 0
         while run.poll() is None and (not path.exists() or path.stat().st_mtime_ns == seen):
             time.sleep(0.001)
@@ -2129,8 +2128,8 @@ def test_a_killed_mlm_run_continues_to_the_very_same_bits(assets, tmp_path, caps
     for path in (tmp_path / "whole").iterdir():
         if path.name != "results.json":
             assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
-    whole, cut_off = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
-    assert whole["validation"] == cut_off["validation"]
+    whole, again = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
+    assert whole["validation"] == again["validation"]
 
 
 @pytest.mark.parametrize("kind", ["XLMRoberta", "Bert", "DebertaV2"])
