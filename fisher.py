@@ -213,7 +213,7 @@ def _log_probabilities(model: nn.Module, batch: dict, output) -> list[torch.Tens
     if logits is not None:
         parts = [logits]
     elif getattr(output, "start_logits", None) is not None:
-        hidden = batch["attention_mask"] == 0 if "attention_mask" in batch else torch.tensor(False)
+        hidden = batch["attention_mask"].flatten(1) == 0 if "attention_mask" in batch else torch.tensor(False)
         parts = [part.masked_fill(hidden.to(part.device), -torch.inf)
                  for part in (output.start_logits, output.end_logits)]
     else:

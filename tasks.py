@@ -352,6 +352,15 @@ def model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     return model(**batch).loss
 
 
+def span_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    """The model's own loss of start and end, but over real tokens: there, padding competes with them."""
+    logits = span_logits(model, batch)  # [B, 2, T]
+    if "attention_mask" in batch:
+        logits = logits.masked_fill(batch["attention_mask"].flatten(1)[:, None] == 0, -torch.inf)
+    positions = torch.stack([batch["start_positions"], batch["end_positions"]], dim=1)  # [B, 2]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), positions.flatten())
+
+
 def masked_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     """The model's own masked-LM loss, in a hundredth of the memory."""
     return masked_tokens(model, batch)[0].mean()
@@ -508,13 +517,14 @@ TASKS = {
         languages=("en", "ar", "de", "el", "es", "hi", "ru", "th", "tr", "vi", "zh"), other_languages=("ro",),
         hub=SQUAD | {"test": "google/xquad/xquad.{}/validation"},  # the name of its only split
         head=AutoModelForQuestionAnswering, collator=DataCollatorWithPadding,
-        encode=encode_spans, forward=span_logits, score=partial(answers, rules={"": squad_words})),
+        encode=encode_spans, forward=span_logits, loss=span_loss,
+        score=partial(answers, rules={"": squad_words})),
     "mlqa": Task(
         ("id", "context", "question", "answers"), training_set="squad", max_length=384,
         languages=("en", "ar", "de", "es", "hi", "vi", "zh"),
         hub=SQUAD | {"test": "facebook/mlqa/mlqa.{0}.{0}/test"},
         head=AutoModelForQuestionAnswering, collator=DataCollatorWithPadding,
-        encode=encode_spans, forward=span_logits,
+        encode=encode_spans, forward=span_logits, loss=span_loss,
         score=partial(answers, rules={"": squad_words, "_mlqa": mlqa_words})),
     "xcopa": Task(
         ("premise", "choice1", "choice2", "question", "label"), training_set="copa",
@@ -549,7 +559,8 @@ def load_model(settings, labels: list):
         config = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     elif head is AutoModelForQuestionAnswering:
         config = {"num_labels": 2}  # start and end, whatever the model was trained for before
-    config |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    config |= {"use_safetensors": True, "trust_remote_code": False, "attn_implementation": "sdpa",
+               "output_loading_info": True}
     try:
         for index in folder.glob("*.index.json"):  # of a model in several files
             if any(Path(name).name != name for name in json.loads(index.read_bytes())["weight_map"].values()):

@@ -17,6 +17,8 @@ chooses its first block by tr(F) too (there it is the top one), tr(F) is equatio
 """
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -32,7 +34,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -181,6 +183,8 @@ class Settings:
     fisher_batches: int = option(4, "training batches per measurement of tr(F)", type=int)
     device: str | None = option(None, "default: cuda when there is one", choices=["cpu", "cuda"])
     bf16: bool = option(False, "bfloat16 autocast", action="store_true")
+    whole_batches: bool = option(False, "run each batch at once, padded to its longest example (default: in "
+                                 "parts of similar length, whose gradients add up)", action="store_true")
     save_every: int = option(500, "steps between two checkpoints", type=int)
     out: str | None = option(None, "the run's folder (default: runs/TASK-MODEL-METHOD-SEED)")
     overwrite: bool = option(False, "start anew, and replace a finished run", action="store_true")
@@ -233,16 +237,17 @@ def train(settings: Settings) -> None:
     model.to(device)
     length = settings.max_length or task.max_length
     encoded = {name: task.encode(rows, tokenizer, length, labels) for name, rows in splits.items()}
-    examples, pad = encoded["train"], task.collator(tokenizer)
+    examples = encoded["train"]
     settings = resolve(settings, model.config.model_type, len(blocks), len(splits["train"]), len(examples))
-
-    def collate(examples: list[dict]) -> dict:
-        inputs = [{key: value for key, value in example.items() if key not in ("row", "offsets")}
-                  for example in examples]
-        return {key: value.to(device) for key, value in pad(inputs).items()}
+    pad = task.collator(tokenizer, pad_to_multiple_of=8 if device.type == "cuda" else None)
+    collate = partial(to_device, pad=pad, device=device)
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
+
+    def loss_of(part: list[dict]) -> torch.Tensor:
+        with autocast():
+            return task.loss(model, collate(part))
 
     def evaluate(split: str, language: str) -> tuple[dict, list]:
         outputs = predict(task, model, encoded[split], collate, autocast)
@@ -250,7 +255,7 @@ def train(settings: Settings) -> None:
 
     # ONE optimizer over all that will ever train: built from the open blocks, it would never step later ones.
     learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(learned.values(), lr=settings.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(learned.values(), lr=settings.lr, weight_decay=0.0, fused=True)
 
     readings: list[torch.Tensor] = []  # by step: loss and norm of the gradient, still on the device
     traces: dict[int, list[float]] = {}  # by step: FUN's choice and the report share one measurement
@@ -324,14 +329,14 @@ def train(settings: Settings) -> None:
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
-        with autocast():
-            loss = task.loss(model, collate([examples[i] for i in batch_of(settings, step, len(examples))]))
-        loss.backward()  # reaches down to the lowest open block and no further
+        batch = [examples[i] for i in batch_of(settings, step, len(examples))]
+        parts = [batch] if settings.whole_batches else parts_of(batch, PART_TOKENS[device.type])
+        loss = backward(parts, loss_of)
         norm = nn.utils.clip_grad_norm_(learned.values(), 1.0)
         optimizer.step()  # a frozen block has grad=None and is left alone
         optimizer.zero_grad()
 
-        readings.append(torch.stack([loss.detach().float(), norm]))
+        readings.append(torch.stack([loss.float(), norm]))
         done, is_stopping = step + 1, bool(asked_to_stop)
         is_saved = is_stopping or 0 in (done % settings.save_every, done % stride, settings.steps - done)
         if is_saved or done % 10 == 0:
@@ -378,6 +383,9 @@ def train(settings: Settings) -> None:
     conclude(out, results, metric)
 
 
+PART_TOKENS = {"cpu": 16, "cuda": 1024}  # what a further part costs: measured on two cores, a guess on CUDA
+
+
 def seeded_device(settings: Settings) -> torch.device:
     """The device to train on, with random numbers from the seed and deterministic algorithms."""
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -412,6 +420,44 @@ def batch_of(settings: Settings, step: int, examples: int) -> list[int]:
     epoch, position = divmod(step, math.ceil(examples / settings.batch_size))
     start = position * settings.batch_size
     return train_order(settings.seed, epoch, examples)[start : start + settings.batch_size]
+
+
+def parts_of(batch: list[dict], part_tokens: int) -> list[list[dict]]:
+    """The batch in parts of similar length, such that padding and `part_tokens` a part come to the least."""
+    rows = sorted(batch, key=tokens_of)
+    best = [(0, 0)]  # by number of rows, the shortest first: what they cost, and where their last part begins
+    for end, row in enumerate(rows, 1):
+        best.append(min((cost + (end - start) * tokens_of(row) + part_tokens, start)
+                        for start, (cost, _) in enumerate(best)))
+    parts, end = [], len(rows)
+    while end:
+        start = best[end][1]
+        parts.append(rows[start:end])
+        end = start
+    return parts
+
+
+def to_device(examples: list[dict], pad: Callable, device: torch.device) -> dict:
+    """The examples as one batch on the device, without a wait for it."""
+    inputs = [{key: value for key, value in example.items() if key not in ("row", "offsets")}
+              for example in examples]
+    batch = dict(pad(inputs))
+    if batch["attention_mask"].dim() == 2:  # in a mask [B, T] transformers would look for padding and wait
+        mask = batch.pop("attention_mask").bool()
+        batch |= {} if mask.all() else {"attention_mask": mask[:, None, None]}  # [B, 1, 1, T]
+    if device.type == "cuda":
+        batch = {key: value.pin_memory() for key, value in batch.items()}
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def backward(parts: list[list[dict]], loss_of: Callable) -> torch.Tensor:
+    """Add up the gradients of a batch's mean loss, part by part; returns that loss, detached."""
+    size, total = sum(map(len, parts)), torch.zeros(())
+    for part in parts:
+        loss = loss_of(part) * (len(part) / size)  # a mean over the rows of a part
+        loss.backward()  # reaches down to the lowest open block and no further
+        total = total.to(loss.device, non_blocking=True) + loss.detach()
+    return total
 
 
 def finite_losses(settings: Settings, readings: list[list[float]], done: int, examples: int) -> list[float]:
@@ -783,6 +829,14 @@ def parse(arguments: list[str]) -> Settings:
     return Settings(**given | {"method": given["method"] or ("standard" if given["task"] == "mlm" else "gu")})
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next one, which would fault it in anew, page by page."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
 def on_stop_signals(act: Callable) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, act)
@@ -794,6 +848,7 @@ def stop_now(number: int, _) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a user's mistake, 130 or 143 interrupted."""
+    keep_freed_memory()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

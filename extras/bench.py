@@ -1,8 +1,9 @@
 """Benchmarks: every figure is a ratio within one run, since absolute seconds belong to one machine.
 
-    python extras/bench.py steps     # what a training step costs when only the top blocks are open
-    python extras/bench.py peer      # a forward pass with language and task adapter against AdapterHub's
-                                     # library, in an environment that has adapters==1.3.0
+    python extras/bench.py steps     # a training step by the number of open blocks, and where its time goes;
+                                     # --data FOLDER adds epochs of xnli on it, --peer what `peer` prints
+    python extras/bench.py peer      # forward pass, training step and memory against AdapterHub's library,
+                                     # in an environment that has adapters==1.3.0
     python extras/bench.py fisher    # tr(F) against a training pass, a loop over examples and torch.func
     python extras/bench.py order     # how many examples it takes to rank the blocks (after extras/demo.py)
 
@@ -10,11 +11,15 @@ The models have the demo's shape (12 layers of 384, random weights), a batch 32 
 runs every variant once, so that a slow spell of the machine falls on all; figures are medians over rounds.
 """
 
+import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
 from operator import truediv
@@ -22,11 +27,13 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
 
 ROOT = Path(__file__).parent.parent
 ROWS, ROUNDS = 32, 15
 EXAMPLES = 2048
+STEPS = 1166  # of two epochs of the README's xnli run, in which 11 of 12 blocks are chosen by tr(F)
 OPEN_BLOCKS = (1, 2, 3, 6, 9, 12)  # from the top, as gradual unfreezing opens them
 
 
@@ -63,35 +70,179 @@ def steps() -> None:
     """Print the time of a training step (forward, backward, clip, AdamW) by the number of open blocks."""
     sys.path.insert(0, str(ROOT))
     from adapters import add_task_adapters
-    from unfreeze import Unfreezer
-    model = new_model().train()
+    from unfreeze import keep_freed_memory
+    keep_freed_memory()
+    model = new_model()
     blocks = add_task_adapters(model)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=1e-4, weight_decay=0.0)
-    print(f"a step's time over standard's (12 open); 12 layers x 384, {ROWS} rows, {model.device}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("| tokens a row | " + " | ".join(f"{count} open" for count in OPEN_BLOCKS) + " | standard |")
-    print("|---|" + "---|" * len(OPEN_BLOCKS) + "---|")
+    optimizer = torch.optim.AdamW(learned, lr=1e-4, weight_decay=0.0, fused=True)
+
+    def step(batch: dict, count: int, training: bool) -> None:
+        model.train(training)
+        open_top(blocks, count)
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    print(f"a step's time over standard's (12 open), and in eval mode over the bound of its matrix products; "
+          f"12 layers x 384, {ROWS} rows, {describe(model)}")
+    print("| tokens a row | " + " | ".join(f"{count} open" for count in OPEN_BLOCKS) + " | standard | matrix "
+          "products a second | peak memory, 1 open over 12 |")
+    print("|---|" + "---|" * len(OPEN_BLOCKS) + "---|---|---|")
     for tokens in (16, 64, 128):
-        batch = new_batch(model, tokens)
-
-        def step(count: int) -> None:
-            unfreezer = Unfreezer(blocks, "gu", k=1)
-            for i in range(count):
-                unfreezer.step(i)
-            model(**batch).loss.backward()
-            torch.nn.utils.clip_grad_norm_(learned, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        ratios, standard = median_ratios({count: partial(step, count) for count in OPEN_BLOCKS}, base=12)
-        print(f"| {tokens} | {' | '.join(f'{ratio:.2f}' for ratio in ratios.values())} | {standard:.0f} ms |",
-              flush=True)
+        batch, (multiply, flops) = new_batch(model, tokens), matrix_product(model, ROWS * tokens)
+        run = {count: partial(step, batch, count, True) for count in OPEN_BLOCKS}
+        still = {-count: partial(step, batch, count, False) for count in OPEN_BLOCKS}  # in eval mode
+        memory = peak_memory(run[1]) / peak_memory(run[12])
+        ratios, standard = median_ratios(run, base=12)
+        over_product, product_ms = median_ratios(still | {0: multiply}, base=0)
+        bounds = [over_product[-count] * flops / flops_of(still[-count]) for count in OPEN_BLOCKS]
+        cells = (f"{ratios[count]:.2f}, {bound:.2f}" for count, bound in zip(OPEN_BLOCKS, bounds))
+        print(f"| {tokens} | {' | '.join(cells)} | {standard:.0f} ms | {flops / product_ms / 1e6:.0f} GFLOP "
+              f"| {memory:.2f} |", flush=True)
+    where(partial(step, new_batch(model, 64)))
 
 
-@torch.inference_mode()
+def open_top(blocks: list, count: int) -> None:
+    for index, block in enumerate(blocks):
+        block.requires_grad_(index >= len(blocks) - count)
+
+
+def describe(model: torch.nn.Module) -> str:
+    return f"{model.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def matrix_product(model: torch.nn.Module, rows: int) -> tuple:
+    """What the bound is taken from: the two products of a layer's feed-forward part, and their FLOPs."""
+    inputs = torch.randn(rows, 384, device=model.device), torch.randn(rows, 1536, device=model.device)
+    weights = torch.randn(1536, 384, device=model.device), torch.randn(384, 1536, device=model.device)
+
+    def multiply() -> None:
+        for _ in range(4):
+            for x, weight in zip(inputs, weights):
+                torch.nn.functional.linear(x, weight)
+
+    return multiply, flops_of(multiply)
+
+
+def flops_of(run) -> int:
+    """FLOPs of all matrix products that `run` computes, attention's included."""
+    aten = torch.ops.aten
+    attention = {  # not counted by PyTorch on the CPU
+        aten._scaled_dot_product_flash_attention_for_cpu:
+            lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            lambda gradient, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(gradient, q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+KINDS = {  # by a part of an operation's name, the first that fits
+    "matrix products": ("mm", "linear"), "attention": ("scaled_dot_product", "softmax"),
+    "dropout": ("dropout", "bernoulli"), "LayerNorm": ("layer_norm",), "GELU": ("gelu",)}
+
+
+def where(step) -> None:
+    """Print which kinds of operations a step's time goes to."""
+    columns = {"1 open, eval": (1, False), "12 open, eval": (12, False),
+               "1 open": (1, True), "12 open": (12, True)}
+    shares = {}
+    for name, (count, training) in columns.items():
+        step(count, training)
+        with torch.profiler.profile() as profile:
+            step(count, training)
+        shares[name] = dict.fromkeys([*KINDS, "all else"], 0.0)
+        events = profile.key_averages()
+        total = sum(event.self_cpu_time_total for event in events)
+        for event in events:
+            kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)),
+                        "all else")
+            shares[name][kind] += event.self_cpu_time_total / total
+    print(f"\n| where a step of {ROWS} x 64 tokens spends its time | " + " | ".join(columns) + " |")
+    print("|---|" + "---|" * len(columns))
+    for kind in [*KINDS, "all else"]:
+        print(f"| {kind} | " + " | ".join(f"{100 * share[kind]:.0f} %" for share in shares.values()) + " |")
+
+
+def epoch(data: str, folder: str) -> None:
+    """Print the time of an epoch of xnli by padding and by method, and that of testing every language."""
+    sys.path.insert(0, str(ROOT))
+    import unfreeze
+    from fisher import fisher_trace
+    from tasks import TASKS, load_data, load_model, predict, tokens_of
+    unfreeze.keep_freed_memory()
+    task, cpu = TASKS["xnli"], torch.device("cpu")
+    settings = unfreeze.parse(["xnli", "--data", data, "--model", folder, "--test-examples", "128",
+                               "--train-examples", str(64 * ROWS)])
+    splits, labels = load_data(settings)
+    tokenizer, model, blocks = load_model(settings, labels)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-5, weight_decay=0.0, fused=True)
+    examples = task.encode(splits["train"], tokenizer, 128, labels)
+    batches = [[examples[i] for i in chosen] for chosen in torch.randperm(
+        len(examples), generator=torch.Generator().manual_seed(0)).split(ROWS)]
+    longest, fixed = task.collator(tokenizer), task.collator(tokenizer, padding="max_length", max_length=128)
+
+    def step(parts: list, pad, count: int) -> float:
+        started = time.perf_counter()
+        model.train()
+        open_top(blocks, count)
+        unfreeze.backward(parts, lambda part: task.loss(model, unfreeze.to_device(part, pad, cpu)))
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - started
+
+    def measure() -> float:
+        started = time.perf_counter()
+        chosen = sorted(examples[: 4 * ROWS], key=tokens_of)
+        fisher_trace(model, [unfreeze.to_device(chosen[i : i + ROWS], longest, cpu)
+                             for i in range(0, len(chosen), ROWS)], blocks)
+        return time.perf_counter() - started
+
+    seconds, computed, traces = defaultdict(float), defaultdict(int), []
+    for i, batch in enumerate(batches):
+        parts = unfreeze.parts_of(batch, unfreeze.PART_TOKENS["cpu"])
+        variants = {"padded to 128": ([batch], fixed, 12), "padded to the longest": ([batch], longest, 12),
+                    "in parts": (parts, longest, 12), "in parts, gu": (parts, longest, min(12, 1 + i)),
+                    "in parts, one block open": (parts, longest, 1)}
+        for name, (parts, pad, count) in list(variants.items())[:: -1 if i % 2 else 1]:
+            seconds[name] += step(parts, pad, count)
+            computed[name] += sum(len(part) * (128 if pad is fixed else max(map(tokens_of, part)))
+                                  for part in parts)
+        if i % 8 == 0:
+            traces.append(measure())
+    fisher_seconds = 11 * median(traces) * len(batches) / STEPS  # of this many steps' share
+    seconds["in parts, fun at most"] = seconds["in parts"] + fisher_seconds
+    base, real = seconds["padded to 128"], sum(map(tokens_of, examples))
+    print(f"an epoch of {len(examples)} pairs of MNLI in batches of {ROWS}, {describe(model)}")
+    print("| batches | time over padding to 128 | real tokens |\n|---|---|---|")
+    for name in seconds:
+        share = f"{100 * real / computed[name]:.0f} %" if name in computed else ""
+        print(f"| {name} | {seconds[name] / base:.2f} | {share} |")
+    at_most = seconds["in parts, fun at most"]
+    print(f"\nfun over gu at most {at_most / seconds['in parts, gu']:.2f}: every step as long as standard's, "
+          f"and 11 measurements of tr(F) in {STEPS} steps, {100 * fisher_seconds / at_most:.1f} % of its time")
+
+    @torch.inference_mode()
+    def in_file_order(rows: list) -> None:
+        model.eval()
+        for start in range(0, len(rows), 64):
+            model(**unfreeze.to_device(rows[start : start + 64], longest, cpu))
+
+    tests = [task.encode(splits[language], tokenizer, 128, labels) for language in list(splits)[2:]]
+    collate = partial(unfreeze.to_device, pad=longest, device=cpu)
+    ratios, _ = median_ratios({
+        "ours": lambda: [predict(task, model, rows, collate, nullcontext) for rows in tests],
+        "fixed": lambda: [in_file_order(rows) for rows in tests]}, base="fixed", rounds=1)
+    print(f"\ntesting {len(tests)} languages, over batches of 64 in file order: {ratios['ours']:.2f}")
+
+
 def peer() -> None:
-    """Print the time of a forward pass with language and task adapter over that of AdapterHub's library."""
+    """Print time and memory over those of AdapterHub's library: a forward pass with language and task
+    adapter, and a training step of standard."""
     import adapters as library
     specification = importlib.util.spec_from_file_location("our_adapters", ROOT / "adapters.py")
     ours = importlib.util.module_from_spec(specification)
@@ -105,18 +256,34 @@ def peer() -> None:
         with tempfile.TemporaryDirectory() as folder:
             ours.save_adapter(our_model, name, folder, with_head=False)
             their_model.load_adapter(folder)
-    their_model.active_adapters = library.composition.Stack("en", "task")
+    their_model.train_adapter(library.composition.Stack("en", "task"))
     models = {"ours": our_model, "library": their_model, "no adapter": plain}
-    print(f"a forward pass over the library's ({library.__version__}); 12 layers x 384, {ROWS} rows, "
-          f"{plain.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("| tokens a row | ours | no adapter | library | difference of logits |\n|---|---|---|---|---|")
+    print(f"over the library's ({library.__version__}); 12 layers x 384, {ROWS} rows, {describe(plain)}")
+    print("| tokens a row | forward | no adapter | library | training step | library | its peak memory | "
+          "difference of logits |\n|---|---|---|---|---|---|---|---|")
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict) -> None:
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
     for tokens in (16, 64, 128):
         batch = new_batch(plain, tokens)
-        difference = (our_model(**batch).logits - their_model(**batch).logits).abs().max().item()
-        ratios, library_ms = median_ratios({name: partial(model, **batch) for name, model in models.items()},
-                                           base="library", rounds=2 * ROUNDS)
-        print(f"| {tokens} | {ratios['ours']:.3f} | {ratios['no adapter']:.3f} | {library_ms:.0f} ms | "
-              f"{difference:.1e} |", flush=True)
+        with torch.inference_mode():
+            difference = (our_model(**batch).logits - their_model(**batch).logits).abs().max().item()
+            forward, forward_ms = median_ratios(
+                {name: partial(model, **batch) for name, model in models.items()}, "library", 2 * ROUNDS)
+        steps = {}
+        for name in ("ours", "library"):
+            learned = [parameter for parameter in models[name].parameters() if parameter.requires_grad]
+            steps[name] = partial(step, models[name].train(), torch.optim.AdamW(learned, lr=0.0), batch)
+        training, training_ms = median_ratios(steps, base="library")
+        memory = peak_memory(steps["ours"]) / peak_memory(steps["library"])
+        our_model.eval(), their_model.eval()
+        print(f"| {tokens} | {forward['ours']:.3f} | {forward['no adapter']:.3f} | {forward_ms:.0f} ms | "
+              f"{training['ours']:.3f} | {training_ms:.0f} ms | {memory:.3f} | {difference:.1e} |",
+              flush=True)
 
 
 def peak_memory(run) -> int:
@@ -248,6 +415,14 @@ def kendall_tau(one: torch.Tensor, two: torch.Tensor) -> float:
 
 if __name__ == "__main__":
     benchmarks = {"steps": steps, "peer": peer, "fisher": fisher, "order": order}
-    if len(sys.argv) != 2 or sys.argv[1] not in benchmarks:
-        sys.exit(__doc__)
-    benchmarks[sys.argv[1]]()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("name", choices=benchmarks)
+    parser.add_argument("--data", help="for steps: a folder as unfreeze.py xnli takes it")
+    parser.add_argument("--model", default=str(ROOT / "demo/model"), help="for steps with --data")
+    parser.add_argument("--peer", action="store_true", help="for steps: peer's table too")
+    given = parser.parse_args()
+    benchmarks[given.name]()
+    if given.data:
+        epoch(given.data, given.model)
+    if given.peer:  # in a process of its own: the library and adapters.py have one name
+        subprocess.run([sys.executable, __file__, "peer"], check=True)
