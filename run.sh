@@ -4,7 +4,7 @@
 #   bash run.sh TASK [METHOD] [options]     one run of `python unfreeze.py TASK --method METHOD`
 #   bash run.sh TASK all [options]          every method with seeds 0 to 3, then a table of them
 #   bash run.sh demo [options]              standard, gu and fun on a small real model and real data
-#   bash run.sh demo METHOD|all [options]   one method; all: standard, gu, fun, rand and rev with seeds 0 to 3
+#   bash run.sh demo METHOD|all [options]   one method; all: every method with seeds 0 to 3
 #   bash run.sh test [options]              the tests; options go to pytest
 #
 # TASK: xnli, xquad, mlqa, xcopa, classify. Options go to unfreeze.py (python unfreeze.py --help). Comparisons keep
@@ -32,15 +32,17 @@ set_up() {  # an active virtual environment or conda environment is used as it i
 }
 
 compare() {  # NAME METHODS SEEDS TASK [options]: runs/NAME-METHOD-SEED, then a table
-    local name=$1 methods=$2 seeds=$3 options=("$4") runs=() model=xlm-roberta-base kind="" size="" seed method run
+    local name=$1 methods=$2 seeds=$3 options=("$4") runs=() seed method run
+    local model=xlm-roberta-base kind="" size="" labels=""
     shift 4
     while (($#)); do
         case $1 in  # what names a run's folder is read; method, seed and folder are given by the loop below
-            --method=* | --seed=* | --model=* | --adapter=* | --train-examples=* | --out=*)
+            --method=* | --seed=* | --model=* | --adapter=* | --train-examples=* | --fisher-labels=* | --out=*)
                 set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
         esac
         case $1 in
-            --method | --seed | --model | --adapter | --train-examples) (($# > 1)) || fail "$1 needs a value" ;;
+            --method | --seed | --model | --adapter | --train-examples | --fisher-labels)
+                (($# > 1)) || fail "$1 needs a value" ;;
         esac
         case $1 in
             --method) methods=$2 && shift ;;
@@ -49,15 +51,17 @@ compare() {  # NAME METHODS SEEDS TASK [options]: runs/NAME-METHOD-SEED, then a 
             --model) model=${2%/} && options+=("$1" "$2") && shift ;;
             --adapter) kind=-$2 && options+=("$1" "$2") && shift ;;
             --train-examples) size=-$2 && options+=("$1" "$2") && shift ;;
+            --fisher-labels) labels=-$2 && options+=("$1" "$2") && shift ;;
             *) options+=("$1") ;;
         esac
         shift
     done
     [[ $name == demo ]] || name+=-${model##*/}
     [[ $kind == -lora ]] || kind=""
+    [[ $labels != -sampled ]] || labels=""
     for seed in $seeds; do
         for method in $methods; do
-            run=runs/$name$([[ $method == full ]] || echo "$kind")$size-$method-$seed
+            run=runs/$name$([[ $method == full ]] || echo "$kind")$size$labels-$method-$seed
             runs+=("$run")
             if [[ -f $run/results.json && " ${options[*]} " != *" --overwrite "* ]]; then
                 echo "$run is finished and kept (--overwrite redoes it)"
@@ -89,7 +93,7 @@ case $task in
         set_up
         case $method in
             "") demo "standard gu fun" 0 "$@" ;;
-            all) demo "standard gu fun rand rev" "0 1 2 3" "$@" ;;
+            all) demo "standard gu lpft rand rev fun full" "0 1 2 3" "$@" ;;
             *) demo "$method" 0 "$@" ;;
         esac ;;
     *)

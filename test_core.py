@@ -1540,8 +1540,40 @@ def test_report_prints_means_and_deviations_over_seeds_and_pairs_methods_by_seed
     assert printed_table(sorted(tmp_path.iterdir()), capsys) == {
         "": ["standard", "gu"], "seeds": ["2", "2"], "English, accuracy": ["80.0 ± 0.0", "80.0 ± 0.0"],
         "mean of targets, accuracy": ["38.5 ± 0.7", "41.0 ± 1.4"], "over standard": ["-", "+2.5 ± 2.1"],
+        "its 95 % interval": ["-", "+1.0 to +4.0"], "in the weaker half": ["-", "+2.5 ± 2.1"],
         "lowest language": ["sw 37.5", "sw 40.0"], "de": ["39.5 ± 0.7", "42.0 ± 1.4"],
-        "sw": ["37.5 ± 0.7", "40.0 ± 1.4"], "opened": ["1 0", "1 0"], "seconds": ["9", "9"]}
+        "sw": ["37.5 ± 0.7", "40.0 ± 1.4"], "opened": ["1 0", "1 0"],
+        "tau with top-down": ["1.00", "1.00"], "seconds": ["9", "9"]}
+
+
+def test_report_tells_languages_estimators_and_orders_apart(tmp_path, capsys):
+    standard = {"en": 90, "de": 60, "th": 50, "sw": 30, "qu": 20}
+    for seed, gain in ((0, 4), (1, 6)):
+        gained = standard | {"sw": 30 + gain, "qu": 20 + 2 * gain}  # of the weaker two, by 6 and 9 on average
+        for method, scores, facts in (
+                ("standard", standard, {"order": [[0, 0], [0, 1], [0, 2]]}),
+                ("fun", gained, {"order": [[0, 2], [5, 0], [9, 1]]}),
+                ("fun", gained, {"order": [[0, 0], [5, 1], [9, 2]], "settings": {"fisher_labels": "argmax"}})):
+            write_run(tmp_path / f"{len(list(tmp_path.iterdir()))}", method=method, seed=seed, **facts,
+                      language_scores={language: {"accuracy": score} for language, score in scores.items()})
+    write_run(tmp_path / "other", {"en": {"accuracy": 90}, **{x: {"accuracy": 1} for x in ("a", "b", "c", "d")}})
+    tables = unfreeze.main(["report", *map(str, tmp_path.iterdir())]), capsys.readouterr().out
+    assert tables[0] == 0 and tables[1].count("5 languages") == 2  # other languages, another table
+    rows = printed_table([path for path in tmp_path.iterdir() if path.name != "other"], capsys)
+    assert rows[""] == ["standard", "fun", "fun, argmax"]
+    assert rows["over standard"] == ["-", "+3.8 ± 1.1", "+3.8 ± 1.1"]
+    assert rows["in the weaker half"] == ["-", "+7.5 ± 2.1", "+7.5 ± 2.1"]
+    assert rows["tau with top-down"] == ["-", "0.33", "-1.00"]
+
+
+def test_the_interval_is_as_wide_as_the_spread_over_seeds_and_over_languages_makes_it():
+    torch.manual_seed(0)
+    seeds, languages = torch.randn(40, 1), 2 * torch.randn(1, 60)
+    low, high = map(float, unfreeze.interval((100 * (seeds + languages)).tolist()).split(" to "))
+    error = 100 * math.sqrt(seeds.var(correction=0) / 40 + languages.var(correction=0) / 60)
+    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.05)
+    assert (high + low) / 2 == pytest.approx(100 * (seeds + languages).mean().item(), abs=error / 5)
+    assert unfreeze.interval([[1.0, 2.0]]) == "-"
 
 
 @pytest.mark.parametrize("model, task, facts, figures", [
@@ -1578,7 +1610,7 @@ def test_report_sets_the_papers_figure_and_the_difference_beside_each_run(
     "", "[]", "{}", {"scores": {}}, {"scores": {"de": {"accuracy": 1}}}, {"average": None}, {"order": [3]},
     {"scores": {"en": {"accuracy": "high"}}}, {"method": "top"}, {"seed": "x"}, {"task": "xnly"},
     {"wall_seconds": None}, {"scores": {"en": {"accuracy": 1}, "de": {"f1": 1}}}, {"order": [["a", "b"]]},
-    {"train_examples": []}])
+    {"train_examples": []}, {"method": "fun", "settings": "all"}])
 def test_report_on_a_damaged_run_is_one_line(change, tmp_path, capsys):
     run = write_run(tmp_path / "run", {"en": {"accuracy": 80}, "de": {"accuracy": 40}})
     path = run / "results.json"
@@ -2911,17 +2943,39 @@ def test_a_missing_or_broken_demo_wheel_is_one_line_and_nothing_is_left_half_mad
     assert sorted(tmp_path.rglob("*.whl")) == before and os.listdir(tmp_path / "demo") == ["wheels"]
 
 
-@pytest.mark.skipif(not (HERE / "demo" / "model").is_dir(), reason="python extras/demo.py has not been run")
-def test_the_readme_snippet_runs_on_the_demo_model(tmp_path):
-    snippet = (HERE / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    (tmp_path / "demo").symlink_to(HERE / "demo")
-    run = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True,
+demo_is_there = pytest.mark.skipif(not (HERE / "demo" / "model").is_dir(),
+                                   reason="python extras/demo.py has not been run")
+
+
+def run_snippet(number: int, folder: Path, check: str = "") -> str:
+    snippet = (HERE / "README.md").read_text(encoding="utf-8").split("```python\n")[number].split("```")[0]
+    (folder / "demo").symlink_to(HERE / "demo")
+    run = subprocess.run([sys.executable, "-c", snippet + check], cwd=folder, capture_output=True, text=True,
                          env=os.environ | {"PYTHONPATH": str(HERE)})
     assert run.returncode == 0, run.stderr
-    history = json.loads(run.stdout.replace("(", "[").replace(")", "]"))
+    return run.stdout
+
+
+@demo_is_there
+def test_the_readme_snippet_of_adapters_runs(tmp_path):
+    assert run_snippet(1, tmp_path).split()[0] == "12"
+    weights = torch.load(tmp_path / "my_adapter" / "pytorch_adapter.bin", weights_only=True)
+    assert len(weights) == 12 * 4 and (tmp_path / "my_adapter" / "pytorch_model_head.bin").exists()
+
+
+def test_the_readme_snippet_of_fisher_runs(tmp_path):
+    assert re.fullmatch(r"tensor\(\[\d+\.\d+, \d+\.\d+\], dtype=torch.float64\)\n", run_snippet(2, tmp_path))
+
+
+@demo_is_there
+@pytest.mark.parametrize("number", [3, 4])
+def test_the_readme_snippets_of_the_schedule_open_every_block(number, tmp_path):
+    if number == 4:
+        pytest.importorskip("accelerate", reason="Trainer needs it, and it is no requirement here")
+    moved = "assert len(optimizer.state) == len(learned)"  # every parameter was stepped
+    history = json.loads(run_snippet(number, tmp_path, moved).splitlines()[-1].replace("(", "[").replace(")", "]"))
     steps, blocks = zip(*history)
     assert list(steps) == list(range(0, 24, 2)) and sorted(blocks) == list(range(12))
-    assert (tmp_path / "my_adapter" / "pytorch_adapter.bin").exists()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import dataclasses
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -364,19 +365,10 @@ def train(settings: Settings) -> None:
         log("eval", step, split="test", language=language, **scores[language])
         write_lines(out / "predictions" / f"{language}.jsonl", predictions)
     save_weights(out, settings, model, tokenizer)
-    targets = [score for language, score in scores.items() if language != "en"]
-    results = {
-        "task": settings.task, "method": settings.method,
-        "adapter": "none" if settings.method == "full" else settings.adapter,
-        "model": settings.model, "seed": settings.seed, "k": settings.k, "steps": settings.steps,
-        "order": unfreezer.history, "scores": scores,
-        "average": {name: mean(score[name] for score in targets) for name in targets[0]} if targets else {},
-        "validation": state["validation"], "untrained": state["untrained"],
+    results = describe(settings, scores) | {
+        "order": unfreezer.history, "validation": state["validation"], "untrained": state["untrained"],
         "train_examples": len(splits["train"]), "language_adapters": languages,
-        "settings": dataclasses.asdict(settings),
-        "wall_seconds": round(state["seconds"] + time.time() - started, 1),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": transformers.__version__}}
+        "wall_seconds": round(state["seconds"] + time.time() - started, 1)}
     # the last file of a run: it marks the run as finished
     write_atomically(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False).encode() + b"\n")
     (out / "checkpoint.pt").unlink(missing_ok=True)
@@ -391,6 +383,19 @@ def seeded_device(settings: Settings) -> torch.device:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(settings.seed)
     return torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def to_device(examples: list[dict], pad: Callable, device: torch.device) -> dict:
+    """The examples as one batch on the device, without a wait for it."""
+    inputs = [{key: value for key, value in example.items() if key not in ("row", "offsets")}
+              for example in examples]
+    batch = dict(pad(inputs))
+    if batch["attention_mask"].dim() == 2:  # in a mask [B, T] transformers would look for padding and wait
+        mask = batch.pop("attention_mask").bool()
+        batch |= {} if mask.all() else {"attention_mask": mask[:, None, None]}  # [B, 1, 1, T]
+    if device.type == "cuda":
+        batch = {key: value.pin_memory() for key, value in batch.items()}
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def copied(learned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -435,19 +440,6 @@ def parts_of(batch: list[dict], part_tokens: int) -> list[list[dict]]:
         parts.append(rows[start:end])
         end = start
     return parts
-
-
-def to_device(examples: list[dict], pad: Callable, device: torch.device) -> dict:
-    """The examples as one batch on the device, without a wait for it."""
-    inputs = [{key: value for key, value in example.items() if key not in ("row", "offsets")}
-              for example in examples]
-    batch = dict(pad(inputs))
-    if batch["attention_mask"].dim() == 2:  # in a mask [B, T] transformers would look for padding and wait
-        mask = batch.pop("attention_mask").bool()
-        batch |= {} if mask.all() else {"attention_mask": mask[:, None, None]}  # [B, 1, 1, T]
-    if device.type == "cuda":
-        batch = {key: value.pin_memory() for key, value in batch.items()}
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def backward(parts: list[list[dict]], loss_of: Callable) -> torch.Tensor:
@@ -545,6 +537,7 @@ def run_folder(settings: Settings) -> Path:
     """Where the run goes; a finished run there is refused unless --overwrite."""
     kind = "-lora" if settings.adapter == "lora" and settings.method != "full" else ""
     kind += f"-{settings.train_examples}" if settings.train_examples else ""
+    kind += f"-{settings.fisher_labels}" if settings.fisher_labels != "sampled" else ""
     run = f"/{settings.language}" if settings.task == "mlm" else f"{kind}-{settings.method}-{settings.seed}"
     out = Path(settings.out or f"runs/{settings.task}-{Path(settings.model).name}{run}")
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
@@ -592,6 +585,20 @@ def introduce(settings: Settings, splits: dict, encoded: dict, blocks: int, lang
     sys.stdout.flush()
 
 
+def describe(settings: Settings, scores: dict[str, dict]) -> dict:
+    """The part of results.json that follows from settings and scores."""
+    targets = [score for language, score in scores.items() if language != "en"]
+    return {
+        "task": settings.task, "method": settings.method,
+        "adapter": "none" if settings.method == "full" else settings.adapter,
+        "model": settings.model, "seed": settings.seed, "k": settings.k, "steps": settings.steps,
+        "scores": scores,
+        "average": {name: mean(score[name] for score in targets) for name in targets[0]} if targets else {},
+        "settings": dataclasses.asdict(settings),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__}}
+
+
 def conclude(out: Path, results: dict, metric: str) -> None:
     line = f"validation {results['validation'][metric]:.1f} (untrained {results['untrained'][metric]:.1f})"
     if results["scores"]:
@@ -637,7 +644,7 @@ def report(arguments: list[str]) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's folder")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="of tr(F), orders and scores")
     given = parser.parse_args(arguments)
-    groups: dict[str, dict[str, list[dict]]] = {}
+    groups: dict[tuple, dict[str, list[dict]]] = {}
     for folder in given.folders:
         if not (folder / "results.json").exists():
             print(f"note: {folder} holds no finished run and is left out")
@@ -647,12 +654,12 @@ def report(arguments: list[str]) -> None:
         size = f", {run['train_examples']} training examples" if "train_examples" in run else ""
         title = (f"{run['task']}, {run['model']}, {run['adapter']}{size}, {len(run['scores'])} languages"
                  f"{stacked}")
-        groups.setdefault(title, {}).setdefault(run["method"], []).append(run)
+        groups.setdefault((title, *sorted(run["scores"])), {}).setdefault(method_of(run), []).append(run)
     if not groups:
         raise UserError("report found no finished run: name folders that hold a results.json, such as runs/*")
-    for title, methods in groups.items():
-        methods = {method: methods[method] for method in [*SELECT, "full"] if method in methods}
-        groups[title] = methods
+    for (title, *_), methods in groups.items():
+        for method in sorted(methods, key=lambda name: [*SELECT, "full"].index(name.split(",")[0])):
+            methods[method] = methods.pop(method)  # in the order of SELECT
         print(f"\n{title}\n")
         rows = table(methods)
         widths = [max(map(len, column)) for column in zip(*rows)]
@@ -667,6 +674,12 @@ def report(arguments: list[str]) -> None:
         plot(groups, given.plot)
 
 
+def method_of(run: dict) -> str:
+    """The method, for FUN with the labels of its tr(F) where they are not the default's."""
+    labels = run.get("settings", {}).get("fisher_labels", "sampled")
+    return f"fun, {labels}" if run["method"] == "fun" and labels != "sampled" else run["method"]
+
+
 def read_run(folder: Path) -> dict:
     """A run's results, checked as far as the report reads them."""
     path = folder / "results.json"
@@ -674,7 +687,7 @@ def read_run(folder: Path) -> dict:
         run = json.loads(path.read_text(encoding="utf-8"))
         run["folder"] = folder
         assert all(isinstance(run[key], str) for key in ("task", "model", "adapter", "method"))
-        assert run["task"] in TASKS and run["method"] in [*SELECT, "full"]
+        assert run["task"] in TASKS and run["method"] in [*SELECT, "full"] and method_of(run)
         metrics = run["scores"]["en"].keys()
         assert isinstance(run["average"], dict)
         for score in (*run["scores"].values(), run["average"] or run["scores"]["en"]):
@@ -688,8 +701,10 @@ def read_run(folder: Path) -> dict:
 
 def table(methods: dict[str, list[dict]]) -> list[list[str]]:
     """Scores by row and methods by column, mean ± sample standard deviation over seeds."""
-    first = next(iter(methods.values()))[0]
+    first, standard = next(iter(methods.values()))[0], methods.get("standard", [])
     metrics, targets = list(first["scores"]["en"]), [key for key in first["scores"] if key != "en"]
+    weaker = sorted(targets, key=lambda language: sum(run["scores"][language][metrics[0]] for run in standard))
+    weaker = weaker[: len(targets) // 2]
     rows = [["", *methods], ["seeds", *(str(len(runs)) for runs in methods.values())]]
 
     def add(name: str, cell: Callable) -> None:
@@ -697,11 +712,6 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
 
     def average(run: dict, metric: str) -> float:
         return run["average"].get(metric, math.nan)
-
-    def gain(runs: list[dict], metric: str) -> str:  # runs of one seed are paired
-        baseline = {run["seed"]: average(run, metric) for run in methods.get("standard", [])}
-        return spread([average(run, metric) - baseline[run["seed"]] for run in runs
-                       if run["seed"] in baseline and run["method"] != "standard"], "+")
 
     def difference(runs: list[dict], metric: str) -> str:
         figure = paper_figure(runs[0], metric)
@@ -711,7 +721,9 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
     for metric in metrics:
         add(f"English, {metric}", lambda runs: spread([run["scores"]["en"][metric] for run in runs]))
         add(f"mean of targets, {metric}", lambda runs: spread([average(run, metric) for run in runs]))
-        add("over standard", lambda runs: gain(runs, metric))
+        add("over standard", lambda runs: spread([*map(mean, gains(runs, standard, metric, targets))], "+"))
+        add("its 95 % interval", lambda runs: interval(gains(runs, standard, metric, targets)))
+        add("in the weaker half", lambda runs: spread([*map(mean, gains(runs, standard, metric, weaker))], "+"))
         if any(paper_figure(runs[0], metric) != "-" for runs in methods.values()):
             note = "" if all(is_papers_setting(run) for runs in methods.values() for run in runs) else \
                 " (another model or more data)"
@@ -726,8 +738,28 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
         add(language, lambda runs: spread([run["scores"][language][metrics[0]] for run in runs]))
     orders = {method: {opening_order(run) for run in runs} for method, runs in methods.items()}
     rows.append(["opened", *(found.pop() if len(found) == 1 else "see below" for found in orders.values())])
+    taus = [[tau for run in runs for tau in top_down(run)] for runs in methods.values()]
+    rows.append(["tau with top-down", *(f"{mean(values):.2f}" if values else "-" for values in taus)])
     add("seconds", lambda runs: f"{mean(run['wall_seconds'] for run in runs):.0f}")
     return rows
+
+
+def gains(runs: list[dict], standard: list[dict], metric: str, languages: list[str]) -> list[list[float]]:
+    """By seed and language, what a run scores above the standard run of its seed."""
+    scores = {run["seed"]: run["scores"] for run in standard if languages and runs[0]["method"] != "standard"}
+    return [[run["scores"][language][metric] - scores[run["seed"]][language][metric] for language in languages]
+            for run in runs if run["seed"] in scores]
+
+
+def interval(gains: list[list[float]]) -> str:
+    """Of the mean gain, by the bootstrap: seeds and languages are drawn anew, with replacement."""
+    if len(gains) < 2:
+        return "-"
+    values, generator = torch.tensor(gains).double(), torch.Generator().manual_seed(0)  # [seeds, languages]
+    seeds = torch.randint(values.shape[0], (10_000, values.shape[0], 1), generator=generator)
+    languages = torch.randint(values.shape[1], (10_000, 1, values.shape[1]), generator=generator)
+    means = values[seeds, languages].mean((1, 2))  # [10,000]
+    return f"{means.quantile(0.025):+.1f} to {means.quantile(0.975):+.1f}"
 
 
 def spread(values: list[float], sign: str = "") -> str:
@@ -744,42 +776,58 @@ def opening_order(run: dict) -> str:
     return " ".join(str(block) for _, block in run["order"]) or "none"
 
 
-def plot(groups: dict[str, dict[str, list[dict]]], path: Path) -> None:
-    """A row of panels per group: tr(F) per open block, opening orders, validation score over tr(F)
-    (the paper's Figures 3, 5 and 4). Curves are read from log.jsonl; runs without one lack them."""
+def top_down(run: dict) -> list[float]:
+    """Kendall's tau of the opening order with GU's, if the blocks opened one after the other."""
+    pairs = list(itertools.combinations([block for _, block in run["order"]], 2))
+    if not pairs or len({step for step, _ in run["order"]}) == 1:
+        return []
+    return [mean(1 if first > second else -1 for first, second in pairs)]
+
+
+COLOURS = ("#000000", "#E69F00", "#D55E00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7", "#F0E442", "#999999")
+
+
+def plot(groups: dict[tuple, dict[str, list[dict]]], path: Path) -> None:
+    """Four panels per group: tr(F) per open block, opening orders, validation score over tr(F) (the paper's
+    Figures 3, 5 and 4), and the gain by language. Curves come from log.jsonl; runs without one lack them."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    figure, panels = pyplot.subplots(len(groups), 3, figsize=(15, 4 * len(groups)), squeeze=False)
-    colours = dict(zip([*SELECT, "full"], matplotlib.colormaps["tab10"].colors))
-    for (title, methods), (curve, orders, scores) in zip(groups.items(), panels):
-        for method, runs in methods.items():
-            draw(runs, curve, orders, scores, colours[method])
+    figure, panels = pyplot.subplots(2 * len(groups), 2, figsize=(12, 8 * len(groups)), squeeze=False)
+    panels = panels.reshape(-1, 4)
+    for ((title, *_), methods), (curve, orders, scores, gained) in zip(groups.items(), panels):
+        for (method, runs), colour in zip(methods.items(), itertools.cycle(COLOURS)):
+            draw(runs, methods.get("standard", []), curve, orders, scores, gained,
+                 {"color": colour, "label": method})
         top = max([0, *(block for runs in methods.values() for run in runs for _, block in run["order"])])
         orders.plot([0, top], [top, 0], linestyle=":", color="grey", label="GU's diagonal")
         curve.set(xlabel="step", ylabel="tr(F) per open block and its moving average")
         orders.set(xlabel="block (0: bottom)", ylabel="mean position in the opening order")
         scores.set(xlabel="tr(F) per open block, moving average", ylabel="validation score")
-        for panel in (curve, orders, scores):
+        gained.set(xlabel="language, standard's weakest first", ylabel="mean score over standard's")
+        gained.axhline(0, color="grey", linewidth=0.8)
+        gained.tick_params(axis="x", labelsize="small", rotation=90)
+        for panel in (curve, orders, scores, gained):
             if panel.get_legend_handles_labels()[0]:
                 panel.legend(fontsize="small")
         curve.set_title(title, loc="left", fontsize="medium")
     figure.tight_layout()
     buffer = io.BytesIO()
     try:
-        figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=120)
+        figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=80)
     except ValueError:
         raise UserError(f"--plot {path}: matplotlib writes no {path.suffix}; name a .png") from None
     pyplot.close(figure)
     write_atomically(path, buffer.getvalue())
 
 
-def draw(runs: list[dict], curve, orders, scores, colour) -> None:
-    """One method: a curve of tr(F) and of validation scores per run, and the mean position of each block."""
-    metric, style = next(iter(runs[0]["scores"]["en"])), {"color": colour, "label": runs[0]["method"]}
+def draw(runs: list[dict], standard: list[dict], curve, orders, scores, gained, style: dict) -> None:
+    """One method: a curve of tr(F) and of validation scores per run, the mean position of each block in the
+    order of opening, and the mean gain of each language."""
+    metric, faint = next(iter(runs[0]["scores"]["en"])), style | {"alpha": 0.25, "label": None}
     if all(len({step for step, _ in run["order"]}) > 1 for run in runs):  # one block after the other
         positions: dict[int, list[int]] = {}
         for run in runs:
@@ -787,10 +835,14 @@ def draw(runs: list[dict], curve, orders, scores, colour) -> None:
                 positions.setdefault(block, []).append(position)
         orders.plot(sorted(positions), [mean(positions[block]) for block in sorted(positions)], marker="o",
                     **style)
+    languages = sorted((key for key in runs[0]["scores"] if key != "en"),
+                       key=lambda language: sum(run["scores"][language][metric] for run in standard))
+    if paired := gains(runs, standard, metric, languages):
+        gained.plot(languages, [*map(mean, zip(*paired))], marker="o", markersize=4, linewidth=0.8, **style)
     for log in filter(None, map(read_log, runs)):
         traces = [event for event in log if event["event"] == "fisher" and event["trainable"]]
         steps = [event["step"] for event in traces]
-        curve.plot(steps, [event["average"] for event in traces], color=colour, alpha=0.25)
+        curve.plot(steps, [event["average"] for event in traces], **faint)
         curve.plot(steps, [event["moving_average"] for event in traces], **style)
         points = [(trace["moving_average"], event[metric])
                   for event in log if event.get("split") == "validation"
