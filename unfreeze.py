@@ -658,8 +658,9 @@ def report(arguments: list[str]) -> None:
     if not groups:
         raise UserError("report found no finished run: name folders that hold a results.json, such as runs/*")
     for (title, *_), methods in groups.items():
-        for method in sorted(methods, key=lambda name: [*SELECT, "full"].index(name.split(",")[0])):
-            methods[method] = methods.pop(method)  # in the order of SELECT
+        order = [*SELECT, "full"]
+        for method in sorted(methods, key=lambda name: (order.index(name.split(",")[0]), name)):
+            methods[method] = methods.pop(method)
         print(f"\n{title}\n")
         rows = table(methods)
         widths = [max(map(len, column)) for column in zip(*rows)]
