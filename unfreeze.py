@@ -375,7 +375,9 @@ def train(settings: Settings) -> None:
     conclude(out, results, metric)
 
 
-PART_TOKENS = {"cpu": 16, "cuda": 1024}  # what a further part costs: measured on two cores, a guess on CUDA
+# What a further part of a batch counts. On two cores it costs the time of some 30 tokens, and the total is flat
+# around there; with 16, 95 % of xnli's tokens are real. CUDA's is a guess.
+PART_TOKENS = {"cpu": 16, "cuda": 1024}
 
 
 def seeded_device(settings: Settings) -> torch.device:
