@@ -245,7 +245,10 @@ def epoch(data: str, folder: str) -> None:
 def peer() -> None:
     """Print time and memory over those of AdapterHub's library: a forward pass with language and task
     adapter, and a training step of standard."""
-    import adapters as library
+    try:
+        import adapters as library
+    except ImportError:
+        sys.exit("error: peer needs AdapterHub's library, in an environment of its own (see the README)")
     specification = importlib.util.spec_from_file_location("our_adapters", ROOT / "adapters.py")
     ours = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(ours)
