@@ -446,12 +446,12 @@ def parts_of(batch: list[dict], part_tokens: int) -> list[list[dict]]:
 
 def backward(parts: list[list[dict]], loss_of: Callable) -> torch.Tensor:
     """Add up the gradients of a batch's mean loss, part by part; returns that loss, detached."""
-    size, total = sum(map(len, parts)), torch.zeros(())
+    size, losses = sum(map(len, parts)), []
     for part in parts:
         loss = loss_of(part) * (len(part) / size)  # a mean over the rows of a part
         loss.backward()  # reaches down to the lowest open block and no further
-        total = total.to(loss.device, non_blocking=True) + loss.detach()
-    return total
+        losses.append(loss.detach())
+    return sum(losses)
 
 
 def finite_losses(settings: Settings, readings: list[list[float]], done: int, examples: int) -> list[float]:
@@ -706,8 +706,7 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
     """Scores by row and methods by column, mean ± sample standard deviation over seeds."""
     first, standard = next(iter(methods.values()))[0], methods.get("standard", [])
     metrics, targets = list(first["scores"]["en"]), [key for key in first["scores"] if key != "en"]
-    weaker = sorted(targets, key=lambda language: sum(run["scores"][language][metrics[0]] for run in standard))
-    weaker = weaker[: len(targets) // 2]
+    weaker = weakest_first(targets, standard, metrics[0])[: len(targets) // 2]
     rows = [["", *methods], ["seeds", *(str(len(runs)) for runs in methods.values())]]
 
     def add(name: str, cell: Callable) -> None:
@@ -745,6 +744,10 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
     rows.append(["tau with top-down", *(f"{mean(values):.2f}" if values else "-" for values in taus)])
     add("seconds", lambda runs: f"{mean(run['wall_seconds'] for run in runs):.0f}")
     return rows
+
+
+def weakest_first(languages: list[str], runs: list[dict], metric: str) -> list[str]:
+    return sorted(languages, key=lambda language: sum(run["scores"][language][metric] for run in runs))
 
 
 def gains(runs: list[dict], standard: list[dict], metric: str, languages: list[str]) -> list[list[float]]:
@@ -838,8 +841,7 @@ def draw(runs: list[dict], standard: list[dict], curve, orders, scores, gained, 
                 positions.setdefault(block, []).append(position)
         orders.plot(sorted(positions), [mean(positions[block]) for block in sorted(positions)], marker="o",
                     **style)
-    languages = sorted((key for key in runs[0]["scores"] if key != "en"),
-                       key=lambda language: sum(run["scores"][language][metric] for run in standard))
+    languages = weakest_first([key for key in runs[0]["scores"] if key != "en"], standard, metric)
     if paired := gains(runs, standard, metric, languages):
         gained.plot(languages, [*map(mean, zip(*paired))], marker="o", markersize=4, linewidth=0.8, **style)
     for log in filter(None, map(read_log, runs)):

@@ -81,9 +81,7 @@ def steps() -> None:
         model.train(training)
         open_top(blocks, count)
         model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(optimizer)
 
     print(f"a step's time over standard's (12 open), and in eval mode over the bound of its matrix products; "
           f"12 layers x 384, {ROWS} rows, {describe(model)}")
@@ -102,6 +100,12 @@ def steps() -> None:
         print(f"| {tokens} | {' | '.join(cells)} | {standard:.0f} ms | {flops / product_ms / 1e6:.0f} GFLOP "
               f"| {memory:.2f} |", flush=True)
     where(partial(step, new_batch(model, 64)))
+
+
+def update(optimizer: torch.optim.Optimizer) -> None:
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def open_top(blocks: list, count: int) -> None:
@@ -175,7 +179,7 @@ def epoch(data: str, folder: str) -> None:
     unfreeze.keep_freed_memory()
     task, cpu = TASKS["xnli"], torch.device("cpu")
     settings = unfreeze.parse(["xnli", "--data", data, "--model", folder, "--test-examples", "128",
-                               "--train-examples", str(64 * ROWS)])
+                               "--train-examples", str(64 * ROWS), "--batch-size", str(ROWS)])
     splits, labels = load_data(settings)
     tokenizer, model, blocks = load_model(settings, labels)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -184,22 +188,19 @@ def epoch(data: str, folder: str) -> None:
     batches = [[examples[i] for i in chosen] for chosen in torch.randperm(
         len(examples), generator=torch.Generator().manual_seed(0)).split(ROWS)]
     longest, fixed = task.collator(tokenizer), task.collator(tokenizer, padding="max_length", max_length=128)
+    collate = partial(unfreeze.to_device, pad=longest, device=cpu)
 
     def step(parts: list, pad, count: int) -> float:
         started = time.perf_counter()
         model.train()
         open_top(blocks, count)
         unfreeze.backward(parts, lambda part: task.loss(model, unfreeze.to_device(part, pad, cpu)))
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(optimizer)
         return time.perf_counter() - started
 
     def measure() -> float:
-        started = time.perf_counter()
-        chosen = sorted(examples[: 4 * ROWS], key=tokens_of)
-        fisher_trace(model, [unfreeze.to_device(chosen[i : i + ROWS], longest, cpu)
-                             for i in range(0, len(chosen), ROWS)], blocks)
+        started, generator = time.perf_counter(), torch.Generator().manual_seed(0)
+        fisher_trace(model, unfreeze.fisher_batches(settings, examples, generator, collate), blocks)
         return time.perf_counter() - started
 
     seconds, computed, traces = defaultdict(float), defaultdict(int), []
@@ -224,7 +225,8 @@ def epoch(data: str, folder: str) -> None:
         print(f"| {name} | {seconds[name] / base:.2f} | {share} |")
     at_most = seconds["in parts, fun at most"]
     print(f"\nfun over gu at most {at_most / seconds['in parts, gu']:.2f}: every step as long as standard's, "
-          f"and 11 measurements of tr(F) in {STEPS} steps, {100 * fisher_seconds / at_most:.1f} % of its time")
+          f"and 11 measurements of tr(F) in {STEPS} steps, "
+          f"{100 * fisher_seconds / at_most:.1f} % of its time")
 
     @torch.inference_mode()
     def in_file_order(rows: list, pad) -> None:
@@ -233,13 +235,12 @@ def epoch(data: str, folder: str) -> None:
             model(**unfreeze.to_device(rows[start : start + 64], pad, cpu))
 
     tests = [task.encode(splits[language], tokenizer, 128, labels) for language in list(splits)[2:]]
-    collate = partial(unfreeze.to_device, pad=longest, device=cpu)
     ratios, _ = median_ratios({
         "ours": lambda: [predict(task, model, rows, collate, nullcontext) for rows in tests],
         "longest": lambda: [in_file_order(rows, longest) for rows in tests],
         "128": lambda: [in_file_order(rows, fixed) for rows in tests]}, base="longest", rounds=1)
-    print(f"\ntesting {len(tests)} languages, over batches of 64 in file order: {ratios['ours']:.2f} if padded "
-          f"to the longest, {ratios['ours'] / ratios['128']:.2f} if padded to 128")
+    print(f"\ntesting {len(tests)} languages, over batches of 64 in file order: {ratios['ours']:.2f} if "
+          f"padded to the longest, {ratios['ours'] / ratios['128']:.2f} if padded to 128")
 
 
 def peer() -> None:
@@ -252,7 +253,7 @@ def peer() -> None:
     specification = importlib.util.spec_from_file_location("our_adapters", ROOT / "adapters.py")
     ours = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(ours)
-    plain, our_model, their_model = (new_model().eval() for _ in range(3))
+    plain, our_model, their_model = (new_model() for _ in range(3))
     ours.add_language_adapter(our_model, "en")
     ours.add_task_adapters(our_model)
     ours.set_language(our_model, "en")
@@ -262,7 +263,6 @@ def peer() -> None:
             ours.save_adapter(our_model, name, folder, with_head=False)
             their_model.load_adapter(folder)
     their_model.train_adapter(library.composition.Stack("en", "task"))
-    their_model.eval()
     models = {"ours": our_model, "library": their_model, "no adapter": plain}
     print(f"over the library's ({library.__version__}); 12 layers x 384, {ROWS} rows, {describe(plain)}")
     print("| tokens a row | forward | no adapter | library | training step | library | its peak memory | "
@@ -270,12 +270,12 @@ def peer() -> None:
 
     def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict) -> None:
         model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(optimizer)
 
     for tokens in (16, 64, 128):
         batch = new_batch(plain, tokens)
+        for model in models.values():
+            model.eval()
         with torch.inference_mode():
             difference = (our_model(**batch).logits - their_model(**batch).logits).abs().max().item()
             forward, forward_ms = median_ratios(
@@ -286,7 +286,6 @@ def peer() -> None:
             steps[name] = partial(step, models[name].train(), torch.optim.AdamW(learned, lr=0.0), batch)
         training, training_ms = median_ratios(steps, base="library")
         memory = peak_memory(steps["ours"]) / peak_memory(steps["library"])
-        our_model.eval(), their_model.eval()
         print(f"| {tokens} | {forward['ours']:.3f} | {forward['no adapter']:.3f} | {forward_ms:.0f} ms | "
               f"{training['ours']:.3f} | {training_ms:.0f} ms | {memory:.3f} | {difference:.1e} |",
               flush=True)
@@ -314,9 +313,9 @@ def fisher() -> None:
     model = new_model().eval()
     blocks = add_task_adapters(model)
     learned = [parameter for block in blocks for parameter in block.parameters()]
-    print(f"sampled labels; 12 layers x 384, {ROWS} rows, {model.device}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}; times, and the trace's peak memory, over those of one forward and "
-          "backward pass through the same blocks; largest relative difference from the loop\n"
+    print(f"sampled labels; 12 layers x 384, {ROWS} rows, {describe(model)}; times, and the trace's peak "
+          "memory, over those of one forward and backward pass through the same blocks; largest relative "
+          "difference from the loop\n"
           "| tokens a row | trace | diagonal | loop over examples | torch.func | pass | memory | error |\n"
           "|---|---|---|---|---|---|---|---|")
     for tokens in (16, 64, 128):
