@@ -47,7 +47,8 @@ def fisher_trace(
     repository's estimator: argmax, the squared gradient of the batch mean over the batch size, summed.
     The model runs in eval mode and returns `.logits` [B, C], or `.start_logits` and `.end_logits` [B, T] with
     log p = log p_start + log p_end, over positions where `attention_mask` ([B, T] or [B, 1, 1, T]) is not 0.
-    Parameters, `.grad`, `requires_grad`, modes, hooks and the global random state are left as they were, also after an exception.
+    Parameters, `.grad`, `requires_grad`, modes, hooks and the global random state are left as they were, also
+    after an exception.
     Raises ValueError for unknown labels, no batches, a block without parameters, blocks that the model does
     not call, an output without logits, missing gold labels, or logits that are not finite.
     """

@@ -1526,10 +1526,18 @@ def write_run(folder: Path, language_scores: dict, **facts) -> Path:
 
 def printed_table(arguments: list, capsys) -> dict[str, list[str]]:
     assert unfreeze.main(["report", *map(str, arguments)]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert set(cells.pop(1)) <= {"-" * width for width in range(200)}  # Markdown's rule under the head
-    return {name: values for name, *values in cells}
+    [table] = tables_of(capsys.readouterr().out)
+    return table
+
+
+def tables_of(markdown: str) -> list[dict[str, list[str]]]:
+    """Its tables, each as its rows by name; the heads stand under the empty name."""
+    tables = []
+    for block in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
+        cells = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in block.splitlines()]
+        assert set("".join(cells.pop(1))) == {"-"}  # Markdown's rule under the head
+        tables.append({name: values for name, *values in cells})
+    return tables
 
 
 def test_report_prints_means_and_deviations_over_seeds_and_pairs_methods_by_seed(tmp_path, capsys):
@@ -1543,7 +1551,8 @@ def test_report_prints_means_and_deviations_over_seeds_and_pairs_methods_by_seed
         "its 95 % interval": ["-", "+1.0 to +4.0"], "in the weaker half": ["-", "+2.5 ± 2.1"],
         "lowest language": ["sw 37.5", "sw 40.0"], "de": ["39.5 ± 0.7", "42.0 ± 1.4"],
         "sw": ["37.5 ± 0.7", "40.0 ± 1.4"], "opened": ["1 0", "1 0"],
-        "tau with top-down": ["1.00", "1.00"], "seconds": ["9", "9"]}
+        "tau with top-down": ["1.00", "1.00"], "tr(F) first, highest, last": ["-", "-"],
+        "seconds": ["9", "9"]}
 
 
 def test_report_tells_languages_estimators_and_orders_apart(tmp_path, capsys):
@@ -1553,10 +1562,11 @@ def test_report_tells_languages_estimators_and_orders_apart(tmp_path, capsys):
         for method, scores, facts in (
                 ("standard", standard, {"order": [[0, 0], [0, 1], [0, 2]]}),
                 ("fun", gained, {"order": [[0, 2], [5, 0], [9, 1]]}),
-                ("fun", gained, {"order": [[0, 0], [5, 1], [9, 2]], "settings": {"fisher_labels": "argmax"}})):
+                ("fun", gained, {"order": [[0, 0], [5, 1], [9, 2]],
+                                 "settings": {"fisher_labels": "argmax"}})):
             write_run(tmp_path / f"{len(list(tmp_path.iterdir()))}", method=method, seed=seed, **facts,
                       language_scores={language: {"accuracy": score} for language, score in scores.items()})
-    write_run(tmp_path / "other", {"en": {"accuracy": 90}, **{x: {"accuracy": 1} for x in ("a", "b", "c", "d")}})
+    write_run(tmp_path / "other", {language: {"accuracy": 90} for language in ("en", "a", "b", "c", "d")})
     tables = unfreeze.main(["report", *map(str, tmp_path.iterdir())]), capsys.readouterr().out
     assert tables[0] == 0 and tables[1].count("5 languages") == 2  # other languages, another table
     rows = printed_table([path for path in tmp_path.iterdir() if path.name != "other"], capsys)
@@ -1564,6 +1574,34 @@ def test_report_tells_languages_estimators_and_orders_apart(tmp_path, capsys):
     assert rows["over standard"] == ["-", "+3.8 ± 1.1", "+3.8 ± 1.1"]
     assert rows["in the weaker half"] == ["-", "+7.5 ± 2.1", "+7.5 ± 2.1"]
     assert rows["tau with top-down"] == ["-", "0.33", "-1.00"]
+
+
+def test_report_gives_the_shape_of_the_curve_of_the_trace_averaged_over_seeds(tmp_path, capsys):
+    curves = {0: {0: 4, 5: 8, 9: 3, 20: 99}, 1: {0: 2, 5: 4, 9: 1}}  # 20 is of one seed alone
+    for seed, curve in curves.items():
+        run = write_run(tmp_path / f"{seed}", {"en": {"accuracy": 80}, "de": {"accuracy": 40}}, seed=seed)
+        (run / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (
+            {"event": "fisher", "step": 0, "trainable": [], "average": None, "moving_average": None},
+            *({"event": "fisher", "step": step, "trainable": [1], "average": value, "moving_average": 0}
+              for step, value in curve.items()))))
+    runs = [tmp_path / "0", tmp_path / "1"]
+    assert printed_table(runs, capsys)["tr(F) first, highest, last"] == ["3, 6 at 5, 2"]
+    with (tmp_path / "1" / "log.jsonl").open("a") as log:
+        log.write('{"event": "fisher", "step": 30, "trainable": [1]}\n')
+    assert unfreeze.main(["report", *map(str, runs)]) == 2
+    assert "log.jsonl is damaged" in capsys.readouterr().err
+
+
+def test_the_readmes_tables_of_results_are_what_report_prints(capsys):
+    root = Path(__file__).parent
+    assert unfreeze.main(["report", *map(str, sorted((root / "extras/results").glob("*/")))]) == 0
+    printed = tables_of(capsys.readouterr().out)
+    readme = tables_of((root / "README.md").read_text())
+    compared = [table for table in readme if "standard" in table.get("", ())]
+    assert compared
+    for table in compared:
+        assert any(all(set(zip(table[""], cells)) <= set(zip(other[""], other.get(name, ())))
+                       for name, cells in table.items()) for other in printed), table
 
 
 def test_the_interval_is_as_wide_as_the_spread_over_seeds_and_over_languages_makes_it():
@@ -2406,7 +2444,7 @@ def test_every_task_runs_with_adapters_lora_and_in_full(task, adapter, assets, t
                 start = answer["answer_start"]
                 assert row["id"] == answer["id"] and answer["text"]
                 assert row["context"][start : start + len(answer["text"])] == answer["text"]
-            exact = sum(row["answers"]["text"][0] == answer["text"].removeprefix("a ")  # articles do not count
+            exact = sum(row["answers"]["text"][0] == answer["text"].removeprefix("a ")  # no articles
                         for row, answer in zip(rows, predictions))
             assert results["scores"][language]["em"] == pytest.approx(100 * exact / 12)
         else:
@@ -2973,9 +3011,29 @@ def test_the_readme_snippets_of_the_schedule_open_every_block(number, tmp_path):
     if number == 4:
         pytest.importorskip("accelerate", reason="Trainer needs it, and it is no requirement here")
     moved = "assert len(optimizer.state) == len(learned)"  # every parameter was stepped
-    history = json.loads(run_snippet(number, tmp_path, moved).splitlines()[-1].replace("(", "[").replace(")", "]"))
+    printed = run_snippet(number, tmp_path, moved).splitlines()[-1]
+    history = json.loads(printed.replace("(", "[").replace(")", "]"))
     steps, blocks = zip(*history)
     assert list(steps) == list(range(0, 24, 2)) and sorted(blocks) == list(range(12))
+
+
+XNLI = HERE.parent / "shared" / "data" / "xnli"
+xnli_is_there = pytest.mark.skipif(not XNLI.is_dir(), reason="../shared/data is not here")
+
+
+@pytest.mark.parametrize("name, tables", [
+    ("fisher", 1), pytest.param("steps", 3, marks=[demo_is_there, xnli_is_there]),
+    pytest.param("order", 2, marks=demo_is_there), pytest.param("peer", 1, marks=needs_adapterhub)])
+def test_every_benchmark_runs_and_prints_whole_tables(name, tables):
+    command = [ADAPTERHUB if name == "peer" else sys.executable, HERE / "extras" / "bench.py", name, "--quick",
+               *(["--data", XNLI] if name == "steps" else [])]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    printed = re.findall(r"(?:^\|.*\n)+", run.stdout, re.MULTILINE)
+    assert len(printed) == tables and "nan" not in run.stdout
+    for table in printed:
+        head, _, *rows = table.splitlines()
+        assert rows and all(row.count("|") == head.count("|") for row in rows)
 
 
 if __name__ == "__main__":

@@ -375,8 +375,8 @@ def train(settings: Settings) -> None:
     conclude(out, results, metric)
 
 
-# What a further part of a batch counts. On two cores it costs the time of some 30 tokens, and the total is flat
-# around there; with 16, 95 % of xnli's tokens are real. CUDA's is a guess.
+# What a further part of a batch counts. On two cores it costs the time of some 30 tokens, and the total is
+# flat around there; with 16, 95 % of xnli's tokens are real. CUDA's is a guess.
 PART_TOKENS = {"cpu": 16, "cuda": 1024}
 
 
@@ -706,7 +706,7 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
     """Scores by row and methods by column, mean ± sample standard deviation over seeds."""
     first, standard = next(iter(methods.values()))[0], methods.get("standard", [])
     metrics, targets = list(first["scores"]["en"]), [key for key in first["scores"] if key != "en"]
-    weaker = weakest_first(targets, standard, metrics[0])[: len(targets) // 2]
+    weak = weakest_first(targets, standard, metrics[0])[: len(targets) // 2]
     rows = [["", *methods], ["seeds", *(str(len(runs)) for runs in methods.values())]]
 
     def add(name: str, cell: Callable) -> None:
@@ -725,7 +725,7 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
         add(f"mean of targets, {metric}", lambda runs: spread([average(run, metric) for run in runs]))
         add("over standard", lambda runs: spread([*map(mean, gains(runs, standard, metric, targets))], "+"))
         add("its 95 % interval", lambda runs: interval(gains(runs, standard, metric, targets)))
-        add("in the weaker half", lambda runs: spread([*map(mean, gains(runs, standard, metric, weaker))], "+"))
+        add("in the weaker half", lambda runs: spread([*map(mean, gains(runs, standard, metric, weak))], "+"))
         if any(paper_figure(runs[0], metric) != "-" for runs in methods.values()):
             note = "" if all(is_papers_setting(run) for runs in methods.values() for run in runs) else \
                 " (another model or more data)"
@@ -742,6 +742,7 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
     rows.append(["opened", *(found.pop() if len(found) == 1 else "see below" for found in orders.values())])
     taus = [[tau for run in runs for tau in top_down(run)] for runs in methods.values()]
     rows.append(["tau with top-down", *(f"{mean(values):.2f}" if values else "-" for values in taus)])
+    add("tr(F) first, highest, last", trace_curve)
     add("seconds", lambda runs: f"{mean(run['wall_seconds'] for run in runs):.0f}")
     return rows
 
@@ -753,8 +754,9 @@ def weakest_first(languages: list[str], runs: list[dict], metric: str) -> list[s
 def gains(runs: list[dict], standard: list[dict], metric: str, languages: list[str]) -> list[list[float]]:
     """By seed and language, what a run scores above the standard run of its seed."""
     scores = {run["seed"]: run["scores"] for run in standard if languages and runs[0]["method"] != "standard"}
-    return [[run["scores"][language][metric] - scores[run["seed"]][language][metric] for language in languages]
-            for run in runs if run["seed"] in scores]
+    pairs = [(run["scores"], scores[run["seed"]]) for run in runs if run["seed"] in scores]
+    return [[ours[language][metric] - theirs[language][metric] for language in languages]
+            for ours, theirs in pairs]
 
 
 def interval(gains: list[list[float]]) -> str:
@@ -788,6 +790,18 @@ def top_down(run: dict) -> list[float]:
     if not pairs or len({step for step, _ in run["order"]}) == 1:
         return []
     return [mean(1 if first > second else -1 for first, second in pairs)]
+
+
+def trace_curve(runs: list[dict]) -> str:
+    """Of tr(F) per open block, mean over the runs: the first value, the highest and its step, the last."""
+    curves = [{event["step"]: event["average"] for event in traces}
+              for traces, _ in map(read_log, runs) if traces]
+    curve = {step: mean(values[step] for values in curves)
+             for step in (curves or [[]])[0] if all(step in values for values in curves)}
+    if not curve:
+        return "-"
+    highest = max(curve, key=curve.get)
+    return f"{curve[min(curve)]:.2g}, {curve[highest]:.2g} at {highest}, {curve[max(curve)]:.2g}"
 
 
 COLOURS = ("#000000", "#E69F00", "#D55E00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7", "#F0E442", "#999999")
@@ -844,25 +858,31 @@ def draw(runs: list[dict], standard: list[dict], curve, orders, scores, gained, 
     languages = weakest_first([key for key in runs[0]["scores"] if key != "en"], standard, metric)
     if paired := gains(runs, standard, metric, languages):
         gained.plot(languages, [*map(mean, zip(*paired))], marker="o", markersize=4, linewidth=0.8, **style)
-    for log in filter(None, map(read_log, runs)):
-        traces = [event for event in log if event["event"] == "fisher" and event["trainable"]]
+    for traces, validations in filter(any, map(read_log, runs)):
         steps = [event["step"] for event in traces]
         curve.plot(steps, [event["average"] for event in traces], **faint)
         curve.plot(steps, [event["moving_average"] for event in traces], **style)
         points = [(trace["moving_average"], event[metric])
-                  for event in log if event.get("split") == "validation"
+                  for event in validations
                   for trace in [trace for trace in traces if trace["step"] <= event["step"] + 1][-1:]]
         scores.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, **style)
         style.pop("label", None)  # one entry in the legend
 
 
-def read_log(run: dict) -> list[dict]:
-    path = run["folder"] / "log.jsonl"
+def read_log(run: dict) -> tuple[list[dict], list[dict]]:
+    """The measurements of tr(F) with open blocks and the validations in a run's log; none without a log."""
+    path, metric = run["folder"] / "log.jsonl", next(iter(run["scores"]["en"]))
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        traces = [event for event in events if event["event"] == "fisher" and event["trainable"]]
+        validations = [event for event in events if event.get("split") == "validation"]
+        numbers = [event[name] for event in traces for name in ("step", "average", "moving_average")]
+        numbers += [event[name] for event in validations for name in ("step", metric)]
+        assert all(isinstance(number, (int, float)) for number in numbers)
+        return traces, validations
     except FileNotFoundError:
-        return []
-    except ValueError:
+        return [], []
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
         raise UserError(f"{path} is damaged: leave {run['folder']} out, or run it again") from None
 
 

@@ -9,6 +9,7 @@
 
 The models have the demo's shape (12 layers of 384, random weights), a batch 32 rows of random tokens. A round
 runs every variant once, so that a slow spell of the machine falls on all; figures are medians over rounds.
+--quick only shows that a benchmark runs: its figures mean nothing.
 """
 
 import argparse
@@ -31,8 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
 
 ROOT = Path(__file__).parent.parent
-ROWS, ROUNDS = 32, 15
-EXAMPLES = 2048
+ROWS, ROUNDS, BATCHES, EXAMPLES = 32, 15, 64, 2048  # BATCHES: of epoch; EXAMPLES: of order
 STEPS = 1166  # of two epochs of the README's xnli run, in which 11 of 12 blocks are chosen by tr(F)
 OPEN_BLOCKS = (1, 2, 3, 6, 9, 12)  # from the top, as gradual unfreezing opens them
 
@@ -51,10 +51,10 @@ def new_batch(model: torch.nn.Module, tokens: int) -> dict:
             "labels": torch.randint(35, (ROWS,), device=model.device)}
 
 
-def median_ratios(variants: dict, base: str, rounds: int = ROUNDS) -> tuple[dict[str, float], float]:
+def median_ratios(variants: dict, base: str, rounds: int | None = None) -> tuple[dict[str, float], float]:
     """Each variant's time over that of `base` (median over rounds), and the time of `base` in ms."""
     seconds = {name: [] for name in variants}
-    for round_ in range(rounds + 1):
+    for round_ in range((rounds or ROUNDS) + 1):
         for name, run in list(variants.items())[:: 1 if round_ % 2 else -1]:
             started = time.perf_counter()
             run()
@@ -178,8 +178,8 @@ def epoch(data: str, folder: str) -> None:
     from tasks import TASKS, load_data, load_model, predict, tokens_of
     unfreeze.keep_freed_memory()
     task, cpu = TASKS["xnli"], torch.device("cpu")
-    settings = unfreeze.parse(["xnli", "--data", data, "--model", folder, "--test-examples", "128",
-                               "--train-examples", str(64 * ROWS), "--batch-size", str(ROWS)])
+    settings = unfreeze.parse(["xnli", "--data", data, "--model", folder, "--test-examples", str(2 * BATCHES),
+                               "--train-examples", str(BATCHES * ROWS), "--batch-size", str(ROWS)])
     splits, labels = load_data(settings)
     tokenizer, model, blocks = load_model(settings, labels)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -351,7 +351,7 @@ def fisher() -> None:
         variants = {"trace": traced, "diagonal": partial(fisher_diagonal, model, [batch], blocks),
                     "loop": loop, "torch.func": functional, "pass": one_pass}
         assert abs(functional().item() / traced().sum().item() - 1) < 1e-4
-        ratios, pass_ms = median_ratios(variants, base="pass", rounds=7)
+        ratios, pass_ms = median_ratios(variants, base="pass", rounds=min(7, ROUNDS))
         memory = peak_memory(traced) / peak_memory(one_pass)
         print(f"| {tokens} | {ratios['trace']:.2f} | {ratios['diagonal']:.2f} | {ratios['loop']:.2f} | "
               f"{ratios['torch.func']:.2f} | {pass_ms:.0f} ms | {memory:.2f} | {error:.1e} |", flush=True)
@@ -425,9 +425,12 @@ if __name__ == "__main__":
     parser.add_argument("--data", help="for steps: a folder as unfreeze.py xnli takes it")
     parser.add_argument("--model", default=str(ROOT / "demo/model"), help="for steps with --data")
     parser.add_argument("--peer", action="store_true", help="for steps: peer's table too")
+    parser.add_argument("--quick", action="store_true", help="one round of small batches")
     given = parser.parse_args()
+    if given.quick:
+        ROWS, ROUNDS, BATCHES, EXAMPLES = 4, 1, 4, 32
     benchmarks[given.name]()
     if given.data:
         epoch(given.data, given.model)
     if given.peer:  # in a process of its own: the library and adapters.py have one name
-        subprocess.run([sys.executable, __file__, "peer"], check=True)
+        subprocess.run([sys.executable, __file__, "peer", *["--quick"] * given.quick], check=True)
