@@ -1576,6 +1576,22 @@ def test_report_tells_languages_estimators_and_orders_apart(tmp_path, capsys):
     assert rows["tau with top-down"] == ["-", "0.33", "-1.00"]
 
 
+def test_full_stands_beside_every_kind_of_adapter_and_alone_by_itself(tmp_path, capsys):
+    scores = {"en": {"accuracy": 80}, "de": {"accuracy": 40}}
+    for number, facts in enumerate((
+            {"adapter": "pfeiffer", "method": "standard"}, {"adapter": "lora", "method": "standard"},
+            {"adapter": "lora", "method": "gu", "language_adapters": {"en": "en", "de": "de"}},
+            {"adapter": "lora", "train_examples": 500}, {"adapter": "none", "method": "full", "order": []})):
+        write_run(tmp_path / f"{number}", scores, **facts)
+    assert unfreeze.main(["report", *map(str, sorted(tmp_path.iterdir()))]) == 0
+    printed = capsys.readouterr().out
+    heads = [table[""] for table in tables_of(printed)]
+    assert heads == [["standard", "full"], ["standard", "full"], ["gu", "full"], ["gu"]]
+    assert printed.count("m, lora") == 3 and printed.count("m, pfeiffer") == 1 and "none, " not in printed
+    assert unfreeze.main(["report", str(tmp_path / "4")]) == 0
+    assert "m, none, 2 languages" in capsys.readouterr().out
+
+
 def test_report_gives_the_shape_of_the_curve_of_the_trace_averaged_over_seeds(tmp_path, capsys):
     curves = {0: {0: 4, 5: 8, 9: 3, 20: 99}, 1: {0: 2, 5: 4, 9: 1}}  # 20 is of one seed alone
     for seed, curve in curves.items():
@@ -1648,7 +1664,7 @@ def test_report_sets_the_papers_figure_and_the_difference_beside_each_run(
     "", "[]", "{}", {"scores": {}}, {"scores": {"de": {"accuracy": 1}}}, {"average": None}, {"order": [3]},
     {"scores": {"en": {"accuracy": "high"}}}, {"method": "top"}, {"seed": "x"}, {"task": "xnly"},
     {"wall_seconds": None}, {"scores": {"en": {"accuracy": 1}, "de": {"f1": 1}}}, {"order": [["a", "b"]]},
-    {"train_examples": []}, {"method": "fun", "settings": "all"}])
+    {"train_examples": []}, {"method": "fun", "settings": "all"}, {"language_adapters": "de"}])
 def test_report_on_a_damaged_run_is_one_line(change, tmp_path, capsys):
     run = write_run(tmp_path / "run", {"en": {"accuracy": 80}, "de": {"accuracy": 40}})
     path = run / "results.json"
@@ -3025,8 +3041,8 @@ xnli_is_there = pytest.mark.skipif(not XNLI.is_dir(), reason="../shared/data is 
     ("fisher", 1), pytest.param("steps", 3, marks=[demo_is_there, xnli_is_there]),
     pytest.param("order", 2, marks=demo_is_there), pytest.param("peer", 1, marks=needs_adapterhub)])
 def test_every_benchmark_runs_and_prints_whole_tables(name, tables):
-    command = [ADAPTERHUB if name == "peer" else sys.executable, HERE / "extras" / "bench.py", name, "--quick",
-               *(["--data", XNLI] if name == "steps" else [])]
+    python, data = ADAPTERHUB if name == "peer" else sys.executable, ["--data", XNLI] * (name == "steps")
+    command = [python, HERE / "extras" / "bench.py", name, "--quick", *data]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     printed = re.findall(r"(?:^\|.*\n)+", run.stdout, re.MULTILINE)

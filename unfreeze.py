@@ -646,19 +646,15 @@ def report(arguments: list[str]) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's folder")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="of tr(F), orders and scores")
     given = parser.parse_args(arguments)
-    groups: dict[tuple, dict[str, list[dict]]] = {}
+    runs = []
     for folder in given.folders:
-        if not (folder / "results.json").exists():
+        if (folder / "results.json").exists():
+            runs.append(read_run(folder))
+        else:
             print(f"note: {folder} holds no finished run and is left out")
-            continue
-        run = read_run(folder)
-        stacked = ", above language adapters" * any(run.get("language_adapters", {}).values())
-        size = f", {run['train_examples']} training examples" if "train_examples" in run else ""
-        title = (f"{run['task']}, {run['model']}, {run['adapter']}{size}, {len(run['scores'])} languages"
-                 f"{stacked}")
-        groups.setdefault((title, *sorted(run["scores"])), {}).setdefault(method_of(run), []).append(run)
-    if not groups:
+    if not runs:
         raise UserError("report found no finished run: name folders that hold a results.json, such as runs/*")
+    groups = comparable(runs)
     for (title, *_), methods in groups.items():
         order = [*SELECT, "full"]
         for method in sorted(methods, key=lambda name: (order.index(name.split(",")[0]), name)):
@@ -677,6 +673,31 @@ def report(arguments: list[str]) -> None:
         plot(groups, given.plot)
 
 
+def comparable(runs: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
+    """The runs by title and languages, then by method; `full` stands beside every kind of adapter."""
+
+    def setting(run: dict) -> tuple:
+        return run["task"], run["model"], run.get("train_examples"), *sorted(run["scores"])
+
+    def adapters(run: dict) -> tuple:
+        return run["adapter"], any(run.get("language_adapters", {}).values())
+
+    kinds: dict[tuple, set[tuple]] = {}
+    for run in runs:
+        if run["method"] != "full":
+            kinds.setdefault(setting(run), set()).add(adapters(run))
+    groups: dict[tuple, dict[str, list[dict]]] = {}
+    for run in runs:
+        task, model, examples, *languages = setting(run)
+        size = f", {examples} training examples" if examples else ""
+        own = {adapters(run)}
+        for adapter, is_stacked in sorted(kinds.get(setting(run), own) if run["method"] == "full" else own):
+            title = f"{task}, {model}, {adapter}{size}, {len(languages)} languages" \
+                f"{', above language adapters' * is_stacked}"
+            groups.setdefault((title, *languages), {}).setdefault(method_of(run), []).append(run)
+    return groups
+
+
 def method_of(run: dict) -> str:
     """The method, for FUN with the labels of its tr(F) where they are not the default's."""
     labels = run.get("settings", {}).get("fisher_labels", "sampled")
@@ -692,7 +713,7 @@ def read_run(folder: Path) -> dict:
         assert all(isinstance(run[key], str) for key in ("task", "model", "adapter", "method"))
         assert run["task"] in TASKS and run["method"] in [*SELECT, "full"] and method_of(run)
         metrics = run["scores"]["en"].keys()
-        assert isinstance(run["average"], dict)
+        assert isinstance(run["average"], dict) and isinstance(run.get("language_adapters", {}), dict)
         for score in (*run["scores"].values(), run["average"] or run["scores"]["en"]):
             assert score.keys() == metrics and all(isinstance(score[name], (int, float)) for name in metrics)
         assert all(len([int(step), int(block)]) == 2 for step, block in run["order"])
