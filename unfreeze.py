@@ -815,14 +815,18 @@ def top_down(run: dict) -> list[float]:
 
 def trace_curve(runs: list[dict]) -> str:
     """Of tr(F) per open block, mean over the runs: the first value, the highest and its step, the last."""
-    curves = [{event["step"]: event["average"] for event in traces}
-              for traces, _ in map(read_log, runs) if traces]
-    curve = {step: mean(values[step] for values in curves)
-             for step in (curves or [[]])[0] if all(step in values for values in curves)}
+    curve = mean_curve([traces for traces, _ in map(read_log, runs) if traces], "average")
     if not curve:
         return "-"
     highest = max(curve, key=curve.get)
     return f"{curve[min(curve)]:.2g}, {curve[highest]:.2g} at {highest}, {curve[max(curve)]:.2g}"
+
+
+def mean_curve(logs: list[list[dict]], name: str) -> dict[int, float]:
+    """By step, the mean over the runs of one quantity, at the steps that all of them have."""
+    curves = [{event["step"]: event[name] for event in events} for events in logs]
+    return {step: mean(curve[step] for curve in curves)
+            for step in (curves or [{}])[0] if all(step in curve for curve in curves)}
 
 
 COLOURS = ("#000000", "#E69F00", "#D55E00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7", "#F0E442", "#999999")
@@ -839,15 +843,17 @@ def plot(groups: dict[tuple, dict[str, list[dict]]], path: Path) -> None:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     figure, panels = pyplot.subplots(2 * len(groups), 2, figsize=(12, 8 * len(groups)), squeeze=False)
     panels = panels.reshape(-1, 4)
+    names = dict.fromkeys(method for methods in groups.values() for method in methods)
+    colours = dict(zip(names, itertools.cycle(COLOURS)))  # a method's in every group
     for ((title, *_), methods), (curve, orders, scores, gained) in zip(groups.items(), panels):
-        for (method, runs), colour in zip(methods.items(), itertools.cycle(COLOURS)):
+        for method, runs in methods.items():
             draw(runs, methods.get("standard", []), curve, orders, scores, gained,
-                 {"color": colour, "label": method})
+                 {"color": colours[method], "label": method})
         top = max([0, *(block for runs in methods.values() for run in runs for _, block in run["order"])])
         orders.plot([0, top], [top, 0], linestyle=":", color="grey", label="GU's diagonal")
-        curve.set(xlabel="step", ylabel="tr(F) per open block and its moving average")
+        curve.set(xlabel="step", ylabel="tr(F) per open block")
         orders.set(xlabel="block (0: bottom)", ylabel="mean position in the opening order")
-        scores.set(xlabel="tr(F) per open block, moving average", ylabel="validation score")
+        scores.set(xlabel="tr(F) per open block", ylabel="validation score")
         gained.set(xlabel="language, standard's weakest first", ylabel="mean score over standard's")
         gained.axhline(0, color="grey", linewidth=0.8)
         gained.tick_params(axis="x", labelsize="small", rotation=90)
@@ -866,8 +872,8 @@ def plot(groups: dict[tuple, dict[str, list[dict]]], path: Path) -> None:
 
 
 def draw(runs: list[dict], standard: list[dict], curve, orders, scores, gained, style: dict) -> None:
-    """One method: a curve of tr(F) and of validation scores per run, the mean position of each block in the
-    order of opening, and the mean gain of each language."""
+    """One method, means over its runs: the curve of tr(F) with each run's, the position of each block in the
+    order of opening, the validation scores over tr(F), and the gain of each language."""
     metric, faint = next(iter(runs[0]["scores"]["en"])), style | {"alpha": 0.25, "label": None}
     if all(len({step for step, _ in run["order"]}) > 1 for run in runs):  # one block after the other
         positions: dict[int, list[int]] = {}
@@ -879,15 +885,15 @@ def draw(runs: list[dict], standard: list[dict], curve, orders, scores, gained, 
     languages = weakest_first([key for key in runs[0]["scores"] if key != "en"], standard, metric)
     if paired := gains(runs, standard, metric, languages):
         gained.plot(languages, [*map(mean, zip(*paired))], marker="o", markersize=4, linewidth=0.8, **style)
-    for traces, validations in filter(any, map(read_log, runs)):
-        steps = [event["step"] for event in traces]
-        curve.plot(steps, [event["average"] for event in traces], **faint)
-        curve.plot(steps, [event["moving_average"] for event in traces], **style)
-        points = [(trace["moving_average"], event[metric])
-                  for event in validations
-                  for trace in [trace for trace in traces if trace["step"] <= event["step"] + 1][-1:]]
+    logs = [(traces, validations) for traces, validations in map(read_log, runs) if traces]
+    for traces, _ in logs:
+        curve.plot([event["step"] for event in traces], [event["average"] for event in traces], **faint)
+    if trace := mean_curve([traces for traces, _ in logs], "average"):
+        curve.plot([*trace], [*trace.values()], **style)
+        points = [(trace[max(measured)], score)
+                  for step, score in mean_curve([validations for _, validations in logs], metric).items()
+                  if (measured := [earlier for earlier in trace if earlier <= step + 1])]
         scores.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, **style)
-        style.pop("label", None)  # one entry in the legend
 
 
 def read_log(run: dict) -> tuple[list[dict], list[dict]]:
