@@ -736,22 +736,26 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
     def average(run: dict, metric: str) -> float:
         return run["average"].get(metric, math.nan)
 
+    def gain(runs: list[dict], metric: str, languages: list[str]) -> str:
+        return spread([*map(mean, gains(runs, standard, metric, languages))], "+")
+
     def difference(runs: list[dict], metric: str) -> str:
         figure = paper_figure(runs[0], metric)
         return "-" if figure == "-" else \
             f"{mean(average(run, metric) for run in runs) - float(figure.split('±')[0]):+.1f}"
 
     for metric in metrics:
+        of = "" if metric == metrics[0] else f", {metric}"
         add(f"English, {metric}", lambda runs: spread([run["scores"]["en"][metric] for run in runs]))
         add(f"mean of targets, {metric}", lambda runs: spread([average(run, metric) for run in runs]))
-        add("over standard", lambda runs: spread([*map(mean, gains(runs, standard, metric, targets))], "+"))
-        add("its 95 % interval", lambda runs: interval(gains(runs, standard, metric, targets)))
-        add("in the weaker half", lambda runs: spread([*map(mean, gains(runs, standard, metric, weak))], "+"))
+        add(f"over standard{of}", lambda runs: gain(runs, metric, targets))
+        add(f"its 95 % interval{of}", lambda runs: interval(gains(runs, standard, metric, targets)))
+        add(f"in the weaker half{of}", lambda runs: gain(runs, metric, weak))
         if any(paper_figure(runs[0], metric) != "-" for runs in methods.values()):
             note = "" if all(is_papers_setting(run) for runs in methods.values() for run in runs) else \
                 " (another model or more data)"
-            add(f"the paper's{note}", lambda runs: paper_figure(runs[0], metric))
-            add("difference", lambda runs: difference(runs, metric))
+            add(f"the paper's{of}{note}", lambda runs: paper_figure(runs[0], metric))
+            add(f"difference{of}", lambda runs: difference(runs, metric))
     by_language = {method: {language: mean(run["scores"][language][metrics[0]] for run in runs)
                             for language in targets} for method, runs in methods.items()}
     lowest = [min(scores, key=scores.get, default=None) for scores in by_language.values()]
