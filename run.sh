@@ -5,6 +5,7 @@
 #   bash run.sh TASK all [options]          every method with seeds 0 to 3, then a table of them
 #   bash run.sh demo [options]              standard, gu and fun on a small real model and real data
 #   bash run.sh demo METHOD|all [options]   one method; all: every method but full, with seeds 0 to 3
+#   bash run.sh results                     the README's tables and pictures anew, from extras/results
 #   bash run.sh test [options]              the tests; options go to pytest
 #
 # TASK: xnli, xquad, mlqa, xcopa, classify. Options go to unfreeze.py (python unfreeze.py --help). Comparisons keep
@@ -79,6 +80,12 @@ demo() {  # METHODS SEEDS [options]
     compare demo "$1" "$2" classify --model demo/model --data demo/data --fisher-every 20 "${@:3}"
 }
 
+results() {  # the front page's picture has four methods, the other one all runs
+    cd "$here"
+    python unfreeze.py report extras/results/demo-{standard,gu,fun,rev}-? --plot extras/results/demo.png > /dev/null
+    python unfreeze.py report extras/results/*/ --plot extras/results/study.png
+}
+
 task=${1:-help}
 shift $(($# > 0))
 method=
@@ -88,6 +95,7 @@ if [[ $# -gt 0 && $1 != -* ]]; then
 fi
 case $task in
     help | -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" ;;
+    results) set_up && results ;;
     test) set_up && cd "$here" && python -m pytest test_core.py ${method:+"$method"} "$@" ;;
     demo)
         set_up
