@@ -13,7 +13,8 @@ layers, for every example on its own, since no example influences another. A lin
 output gradients g_t has the weight gradient sum_t g_t x_t^T, summed over tokens t BEFORE it is squared. No
 weight gradient is formed, and `requires_grad` plays no part: frozen blocks are measured like open ones.
 LayerNorm, Embedding and LoRA (y = s B A x is two such layers) work alike; any other parameter takes a pass
-backward per example. Batch first: what layers see must be [B, ...] or, for multiple choice, [B * C, ...].
+backward per example, and so does one whose layer does not see [B, ...] (for multiple choice [B * C, ...]) or
+that is used outside its layer: a second forward pass, of one example of the batch alone, tells which.
 The official code takes the argmax label and squares the gradient of the batch mean: labels="official".
 """
 
@@ -48,9 +49,10 @@ def fisher_trace(
     The model runs in eval mode and returns `.logits` [B, C], or `.start_logits` and `.end_logits` [B, T] with
     log p = log p_start + log p_end, over positions where `attention_mask` ([B, T] or [B, 1, 1, T]) is not 0.
     Parameters, `.grad`, `requires_grad`, modes, hooks and the global random state are left as they were, also
-    after an exception.
-    Raises ValueError for unknown labels, no batches, a block without parameters, blocks that the model does
-    not call, an output without logits, missing gold labels, or logits that are not finite.
+    after an exception. `torch.no_grad()` and `torch.inference_mode()` around the call make no difference.
+    Raises ValueError for unknown labels, no batches, a block without parameters or that the model does not
+    call, an output without logits of two classes or more, missing gold labels, logits that are not finite,
+    and a model in which one example of a batch changes the output of another.
     """
     traces: dict[nn.Parameter, torch.Tensor] = {}
 
@@ -85,7 +87,6 @@ def fisher_diagonal(
              for name, parameter in block.named_parameters()} for block in blocks]
 
 
-@torch.enable_grad()
 def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Module], labels: str,
                 generator: torch.Generator | None, add: Callable) -> int:
     """Call add(parameter, x, g, weight) for every batch, label and parameter; returns what to divide by."""
@@ -94,6 +95,10 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
     for index, block in enumerate(blocks):
         if not list(block.parameters()):
             raise ValueError(f"block {index} has no parameters")
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError("the model was made inside torch.inference_mode(): make or load it outside")
     wanted = {parameter for block in blocks for parameter in block.parameters()}
     owners = {module: {name: parameter for name, parameter in module.named_parameters(recurse=False)
                        if parameter in wanted} for module in model.modules()}
@@ -103,23 +108,24 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
     slow = _without_formula(owners)
     _warn(slow, owners)
     generator = generator or torch.Generator().manual_seed(0)
-    examples = 0
-    with _restored(model, wanted), _recorder(owners, slow) as tape:
+    examples, used = 0, set()
+    with _restored(model), _recorder(owners, slow) as tape:
         for batch in batches:
-            log_p, calls = _forward(model, batch, slow, tape)
+            inputs = {key: _usable(value) for key, value in batch.items() if key not in TARGETS}
+            log_p, calls = _forward(model, inputs, slow, tape)
             size = len(log_p[0])
-            mixed = {parameter for module, recorded in calls.items() for x, *_ in recorded if len(x) % size
-                     for parameter in owners[module].values()}
-            if mixed:  # a layer ran once for the whole batch, as for positions: no telling examples apart
-                slow |= mixed
-                _warn(mixed, owners)
-                log_p, calls = _forward(model, batch, slow, tape)
-            if not calls and not slow:
-                raise ValueError("no block took part in the model's forward pass")
+            if size > 1 or not examples:
+                unfit = _unfit(model, inputs, log_p, calls, owners, slow, tape)
+                if unfit:
+                    slow |= unfit
+                    _warn(unfit, owners)
+                    log_p, calls = _forward(model, inputs, slow, tape)
+            used.update(*(owners[module].values() for module in calls))
             draws = _draws(log_p, batch, labels, generator)
             for number, (chosen, weight) in enumerate(draws):
                 last = number + 1 == len(draws)
                 for parameter, x, g in _gradients(chosen, calls, owners, slow, keep_graph=not last):
+                    used.add(parameter)
                     if labels == "official":  # the whole batch as one example, its mean gradient over B
                         x = None if x is None else x.flatten(0, 1)[None]
                         add(parameter, x, g.flatten(0, 1)[None] / size, torch.ones_like(weight[:1]) / size)
@@ -128,7 +134,16 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
             examples += size
     if not examples:
         raise ValueError("no batches: the Fisher information needs at least one example")
+    idle = [index for index, block in enumerate(blocks) if used.isdisjoint(block.parameters())]
+    if idle:
+        who = "no block" if len(idle) == len(blocks) else f"not every block (not {', '.join(map(str, idle))})"
+        raise ValueError(f"{who} took part in the model's forward pass")
     return 1 if labels == "official" else examples
+
+
+def _usable(value):
+    """A batch's entry such that autograd may save it: tensors made in inference mode are copied."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
 def _is_lora(module: nn.Module) -> bool:
@@ -139,15 +154,17 @@ def _without_formula(owners: dict[nn.Module, dict[str, nn.Parameter]]) -> set[nn
     """The parameters that `_factors` has no formula for, or that two kinds of modules share."""
     kinds: dict[nn.Parameter, set] = {}
     for module, own in owners.items():
-        kind = type(module) if type(module) in (nn.Linear, nn.LayerNorm, nn.Embedding) else None
+        kind, known = type(module), {"weight", "bias"}
         if _is_lora(module):
-            kind = "LoRA"
+            kind, known = "LoRA", {"lora_A", "lora_B"}
+        elif kind not in (nn.Linear, nn.LayerNorm, nn.Embedding) or "forward" in vars(module):
+            kind = None
         elif kind is nn.LayerNorm and len(module.normalized_shape) > 1:
             kind = None
         elif kind is nn.Embedding and (module.max_norm or module.scale_grad_by_freq):
             kind = None
-        for parameter in own.values():
-            kinds.setdefault(parameter, set()).add(kind)
+        for name, parameter in own.items():  # weight_g and weight_orig are of weight norm and of pruning
+            kinds.setdefault(parameter, set()).add(kind if name in known else None)
     return {parameter for parameter, of in kinds.items() if None in of or len(of) > 1}
 
 
@@ -159,17 +176,20 @@ def _warn(slow: set[nn.Parameter], owners: dict[nn.Module, dict[str, nn.Paramete
 
 
 @contextmanager
-def _restored(model: nn.Module, wanted: set[nn.Parameter]) -> Iterator[None]:
-    """Eval mode; modes, `requires_grad` and the global random state come back on exit."""
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Eval mode, gradients for nothing but what asks for them; on exit all is as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in wanted]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
             model.eval()
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, training in modes:  # parents first; by `train`, in which some layers merge and unmerge
+            if module.training != training:
+                module.train(training)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
@@ -177,13 +197,17 @@ def _restored(model: nn.Module, wanted: set[nn.Parameter]) -> Iterator[None]:
 @contextmanager
 def _recorder(owners: dict, slow: set) -> Iterator[SimpleNamespace]:
     """While `tape.on`, `tape.calls` gets by module each call's input, its version, and the output's place in
-    the graph (which, unlike the output, is still true when the model has changed the output in place)."""
-    tape = SimpleNamespace(on=False, calls={})
+    the graph (which, unlike the output, is still true when the model has changed the output in place).
+    With `tape.cut`, outputs are cut off from the graph."""
+    tape = SimpleNamespace(on=False, cut=False, calls={})
 
     def record(module, arguments, keywords, output):
         if slow.issuperset(owners[module].values()):
             return output
         x = arguments[0] if arguments else next(iter(keywords.values()))
+        if tape.cut:
+            tape.calls.setdefault(module, []).append((x.detach(), x._version, None))
+            return output.detach()
         if not output.requires_grad:  # below everything that is differentiated: the graph starts here
             output = output.detach().requires_grad_()
         output = output.clone()  # the model may change it in place, which no start and no view survives
@@ -191,7 +215,8 @@ def _recorder(owners: dict, slow: set) -> Iterator[SimpleNamespace]:
             tape.calls.setdefault(module, []).append((x.detach(), x._version, get_gradient_edge(output)))
         return output
 
-    handles = [module.register_forward_hook(record, with_kwargs=True) for module in owners]
+    # first of all hooks: what others make of the output is no part of the layer
+    handles = [module.register_forward_hook(record, with_kwargs=True, prepend=True) for module in owners]
     try:
         yield tape
     finally:
@@ -199,26 +224,106 @@ def _recorder(owners: dict, slow: set) -> Iterator[SimpleNamespace]:
             handle.remove()
 
 
-def _forward(model: nn.Module, batch: dict, slow: set, tape: SimpleNamespace) -> tuple[list, dict]:
+def _forward(model: nn.Module, inputs: dict, slow: set, tape: SimpleNamespace) -> tuple[list, dict]:
     """log p of each output [B, C], and the recorded calls by module."""
     for parameter in slow:
         parameter.requires_grad_()
     tape.on, tape.calls = True, {}
-    output = model(**{key: value for key, value in batch.items() if key not in TARGETS})
+    output = model(**inputs)
     tape.on = False
-    return _log_probabilities(model, batch, output), tape.calls
+    return _log_probabilities(model, inputs, output), tape.calls
+
+
+def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dict, owners: dict, slow: set,
+           tape: SimpleNamespace) -> set[nn.Parameter]:
+    """The parameters whose gradients for single examples the layers' calls do not give.
+
+    The first example runs alone, with the layers' outputs cut off from the graph. A parameter that its log p
+    still depends on is used outside its layer, too. A layer that the batch calls another number of times, or
+    with an input whose first B-th is another, does not see examples apart: it is called once for all, as for
+    positions, or has the batch in another dimension. Raises ValueError if the model itself mixes examples.
+    """
+    size, fast = len(log_p[0]), {p for own in owners.values() for p in own.values()} - slow
+    for parameter in fast | slow:
+        parameter.requires_grad_(parameter in fast)
+    tape.cut = True
+    lone_inputs = {key: _first(value, size) for key, value in inputs.items()}
+    lone_log_p, lone_calls = _forward(model, lone_inputs, set(), tape)
+    tape.cut, unfit = False, set()
+    if any(part.requires_grad for part in lone_log_p):
+        outside = torch.autograd.grad(sum(part.sum() for part in lone_log_p), list(fast), allow_unused=True)
+        unfit = {parameter for parameter, gradient in zip(fast, outside) if gradient is not None}
+    pairs, modules = [], []  # what should be equal, and by pair the module that it is about
+    for module, recorded in calls.items():
+        inputs_of = [(x, lone) for (x, *_), (lone, *_) in zip(recorded, lone_calls.get(module, ()))]
+        if len(inputs_of) == len(recorded) == len(lone_calls[module]) and all(
+                x.shape == (size * len(lone), *lone.shape[1:]) for x, lone in inputs_of):
+            pairs += [(x[: len(lone)], lone) for x, lone in inputs_of]
+            pairs += _lora_gradients(module, lone_calls[module][0][0]) if _is_lora(module) else []
+            modules += [module] * (len(pairs) - len(modules))
+        else:
+            unfit.update(owners[module].values())
+    for parameter in fast | slow:
+        parameter.requires_grad_(parameter in slow)
+
+    pairs += [(part[:1].exp(), lone.exp()) for part, lone in zip(log_p, lone_log_p)]
+    if not log_p[0].is_meta:
+        distances = [torch.dist(one.float(), two.float()) / two.float().norm().clamp(min=1e-30)
+                     for one, two in pairs]
+        is_equal = (torch.stack(distances) <= _tolerance(model)).tolist()
+        if not all(is_equal[len(modules) :]):
+            raise ValueError(f"{type(model).__name__} gives an example another output alone than in a batch: "
+                             "without gradients of single examples there is no Fisher information")
+        unfit.update(*(owners[module].values() for module, equal in zip(modules, is_equal) if not equal))
+    return unfit - slow
+
+
+def _lora_gradients(module: nn.Module, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each parameter, its gradient by our formula and by autograd: not all that has lora_A is s B A x."""
+    names, parameters = zip(*module.named_parameters(recurse=False))
+    y = module.forward(x)
+    g = torch.ones_like(y)
+    found = torch.autograd.grad(y, parameters, g, materialize_grads=True)
+    factors = [_factors(module, name, _by_example(x, 1), _by_example(g, 1)) for name in names]
+    return [((g[0].T @ x[0]), gradient) for (x, g), gradient in zip(factors, found)]
+
+
+def _first(value, size: int):
+    """The first example's share of a batch's entry; what is shared by all examples stays whole."""
+    is_batched = isinstance(value, (list, tuple)) or isinstance(value, torch.Tensor) and value.dim()
+    return value[:1] if is_batched and len(value) == size else value
+
+
+def _tolerance(model: nn.Module) -> float:
+    """How far two ways to compute the same may be apart, by the precision of the model's arithmetic."""
+    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    kind = parameters[0].device.type
+    dtypes = {parameter.dtype for parameter in parameters}
+    if torch.is_autocast_enabled(kind):
+        dtypes.add(torch.get_autocast_dtype(kind))
+    is_tf32 = kind == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return 30 * max(1e-3 if is_tf32 else 3e-5, *(torch.finfo(dtype).eps for dtype in dtypes))
 
 
 def _log_probabilities(model: nn.Module, batch: dict, output) -> list[torch.Tensor]:
-    logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+    name, logits = type(model).__name__, output
+    if not isinstance(output, torch.Tensor):
+        logits = getattr(output, "logits", None)
+    if type(output) is tuple:
+        raise ValueError(f"{name} returned a tuple: set `model.config.return_dict = True`")
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise ValueError(f"{name} is made for {problem}: its logits are not those of one label among classes")
     if logits is not None:
+        if logits.ndim == 2 and logits.shape[1] < 2:
+            raise ValueError("logits have one column, and p(y|x) needs two classes or more")
         parts = [logits]
     elif getattr(output, "start_logits", None) is not None:
         hidden = batch["attention_mask"].flatten(1) == 0 if "attention_mask" in batch else torch.tensor(False)
         parts = [part.masked_fill(hidden.to(part.device), -torch.inf)
                  for part in (output.start_logits, output.end_logits)]
     else:
-        raise ValueError(f"{type(model).__name__} returned no `logits`, nor `start_logits`: it needs a head")
+        raise ValueError(f"{name} returned no `logits`, nor `start_logits`: it needs a head")
     for part in parts:
         if part.ndim != 2:
             raise ValueError(f"logits must be [B, C], not {list(part.shape)}")
@@ -273,8 +378,9 @@ def _gradients(chosen: torch.Tensor, calls: dict, owners: dict, slow: set, keep_
     if slow:
         rows = [torch.autograd.grad(one, list(slow), retain_graph=True, allow_unused=True) for one in chosen]
         for parameter, column in zip(slow, zip(*rows)):
-            column = [torch.zeros_like(parameter) if row is None else row for row in column]
-            yield parameter, None, torch.stack(column).detach().flatten(1)[:, None]  # [B, 1, size]
+            if any(row is not None for row in column):
+                column = [torch.zeros_like(parameter) if row is None else row for row in column]
+                yield parameter, None, torch.stack(column).detach().flatten(1)[:, None]  # [B, 1, size]
 
 
 def _by_example(value: torch.Tensor, examples: int) -> torch.Tensor:
