@@ -15,6 +15,9 @@ In a layer, x is the attention sublayer's output and h the feed-forward sublayer
     output of the layer:                                              LN(h + x)
 
 with the layer's own LN throughout. DeBERTa-v2 and v3 work too, except for LoRA.
+
+Adapters, LoRAs and the head are float32 on a model in half precision, too. `model.save_pretrained` keeps the
+base model and the head; `from_pretrained` gives back no adapter before `load_adapter`.
 """
 
 import io
@@ -22,6 +25,7 @@ import json
 import math
 import os
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -75,12 +79,15 @@ class BottleneckAdapter(nn.Module):
         config = self.config
         read = layer_norm(h + x) if config["original_ln_before"] else h
         residual = h if config["residual_before_ln"] else read
-        up = self.adapter_up(self.adapter_down(read))  # [B, T, H] -> [B, T, b] -> [B, T, H]
+        down = self.adapter_down(read.to(self.adapter_up.weight.dtype))  # [B, T, H] -> [B, T, b]
+        up = self.adapter_up(down)  # [B, T, b] -> [B, T, H]
         if not config["ln_after"]:
-            return torch.add(residual, up, alpha=config["scaling"])
-        if config["adapter_residual_before_ln"]:
-            return self.adapter_norm_after(torch.add(residual, up, alpha=config["scaling"]))
-        return residual + self.adapter_norm_after(config["scaling"] * up)
+            h = torch.add(residual, up, alpha=config["scaling"])
+        elif config["adapter_residual_before_ln"]:
+            h = self.adapter_norm_after(torch.add(residual, up, alpha=config["scaling"]))
+        else:
+            h = residual + self.adapter_norm_after(config["scaling"] * up)
+        return h.to(residual.dtype)
 
 
 class AdaptedOutput(nn.Module):
@@ -121,14 +128,18 @@ class InvertibleAdapter(nn.Module):
         self.apply(_start_as_bert)
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        e1, e2 = embedding[..., : self.half], embedding[..., self.half :]  # [B, T, H] -> twice [B, T, H / 2]
+        e1, e2 = self.halves(embedding)
         y1 = e1 + self.F(e2)
-        return torch.cat([y1, e2 + self.G(y1)], dim=-1)
+        return torch.cat([y1, e2 + self.G(y1)], dim=-1).to(embedding.dtype)
 
     def inverse(self, embedding: torch.Tensor) -> torch.Tensor:
-        e1, e2 = embedding[..., : self.half], embedding[..., self.half :]
+        e1, e2 = self.halves(embedding)
         y2 = e2 - self.G(e1)
-        return torch.cat([e1 - self.F(y2), y2], dim=-1)
+        return torch.cat([e1 - self.F(y2), y2], dim=-1).to(embedding.dtype)
+
+    def halves(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        embedding = embedding.to(self.F[0].weight.dtype)
+        return embedding[..., : self.half], embedding[..., self.half :]  # [B, T, H] -> twice [B, T, H / 2]
 
 
 class InvertibleAdapters(nn.ModuleDict):
@@ -145,14 +156,10 @@ class InvertibleAdapters(nn.ModuleDict):
         self.languages: set[str] = set()
         self.handles: list = []
         self.trained: set[str] = set()  # what had `requires_grad` in the base model
+        self.widened: list[nn.Parameter] = []  # the head's, if they were in half precision
 
-    def after_embeddings(self, _, inputs: tuple, embedding: torch.Tensor):
-        if self.stack and self.stack[0] in self:
-            return self[self.stack[0]](embedding)
-
-    def before_decoder(self, _, inputs: tuple):
-        if self.stack and self.stack[0] in self:
-            return self[self.stack[0]].inverse(inputs[0])
+    def in_play(self) -> InvertibleAdapter | None:
+        return self[self.stack[0]] if self.stack and self.stack[0] in self else None
 
 
 class LoRA(nn.Module):
@@ -169,6 +176,7 @@ class LoRA(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.lora_A.dtype)
         return x @ self.lora_A.T @ self.lora_B.T * self.scaling  # [B, T, in] -> [B, T, r] -> [B, T, out]
 
 
@@ -177,13 +185,49 @@ class LoRAs(nn.ModuleDict):
 
     def __init__(self, linear: nn.Linear, stack: list[str]):
         super().__init__()
-        self.stack, self.handle = stack, linear.register_forward_hook(self.add)
+        self.stack, self.handle = stack, linear.register_forward_hook(_add_loras)
 
-    def add(self, _, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        for name in self.stack:
-            if name in self:
-                output = output + self[name](inputs[0])
-        return output
+
+# Hooks find adapters through the module that calls them: in a replica of nn.DataParallel they are others.
+
+
+def _add_loras(linear: nn.Linear, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    for name in linear.loras.stack:
+        if name in linear.loras:
+            output = (output + linear.loras[name](inputs[0])).to(output.dtype)
+    return output
+
+
+def _link(model: nn.Module, *_) -> None:
+    """Tell the modules with hooks which the model's invertible adapters are."""
+    base = model.base_model
+    for module in (base.embeddings, _decoder(model)):
+        if module is not None:
+            module.link = (base.invertible_adapters, base.get_input_embeddings())  # in a tuple: no submodules
+
+
+def _after_embeddings(embeddings: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    adapter = embeddings.link[0].in_play()
+    return adapter(output) if adapter else output
+
+
+def _before_decoder(module: nn.Module, inputs: tuple, output: torch.Tensor | None = None) -> torch.Tensor:
+    """Of the decoder's input or, if the decoder is no module, of the output of the last one before it."""
+    adapters, embeddings = module.link
+    adapter, hidden = adapters.in_play(), inputs[0] if output is None else output
+    return (adapter.inverse(hidden) if adapter else hidden).to(embeddings.weight.dtype)  # tied to them
+
+
+def _decoder(model: nn.Module) -> nn.Module | None:
+    """A masked-LM head's decoder; in DeBERTa-v2's new head, which has none, the LayerNorm before it."""
+    if hasattr(model, "lm_predictions"):
+        return model.lm_predictions.lm_head.LayerNorm
+    return model.get_output_embeddings()  # None in other models
+
+
+def _cast_inputs(module: nn.Module, inputs: tuple) -> tuple:
+    dtype = next(module.parameters(recurse=False)).dtype
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def _bottleneck(size: int, reduction_factor: float) -> int:
@@ -209,7 +253,11 @@ def add_task_adapters(model: nn.Module, reduction_factor: float = 16, name: str 
 
     Returns the blocks, bottom layer first. The first adapter of any kind freezes the base model; the head
     keeps its `requires_grad`, and the new blocks have it set.
-    Raises ValueError for a model type outside MODEL_TYPES, a name in use, or an impossible reduction factor.
+    The blocks are float32 (float64 in such a model) whatever the model is kept in, and so is, from then on,
+    its head. Adapters join the base model's modules: `model.save_pretrained` works, but `from_pretrained`
+    then loads the plain model, and `load_adapter` an adapter that `save_adapter` wrote.
+    Raises ValueError for a model type outside MODEL_TYPES, a model inside another (nn.DataParallel), a name
+    in use, or an impossible reduction factor.
     """
     config = SEQ_BN | {"reduction_factor": reduction_factor, "leave_out": list(leave_out)}
     _install(model, name, config, _build(model, config), language=False)
@@ -293,6 +341,8 @@ def merge_lora(model: nn.Module, name: str = "task") -> None:
 def remove_adapters(model: nn.Module) -> None:
     """Take out all that this file put in: the model has its own modules and `requires_grad` again."""
     record, base = _record(model), model.base_model
+    for parameter in record.widened:
+        parameter.data = parameter.data.to(base.get_input_embeddings().weight.dtype)
     for module in list(base.modules()):
         if isinstance(getattr(module, "loras", None), LoRAs):
             module.loras.handle.remove()
@@ -309,10 +359,7 @@ def remove_adapters(model: nn.Module) -> None:
 
 def _build(model: nn.Module, config: dict, name: str = "") -> dict[str, nn.Module]:
     """The new modules of an adapter by path below the base model, bottom to top, the invertible one last."""
-    if model.config.model_type not in MODEL_TYPES:
-        known = ", ".join(MODEL_TYPES)
-        raise ValueError(f"no adapters for model type {model.config.model_type!r}, only for {known}")
-    layers, size, modules = model.base_model.encoder.layer, model.config.hidden_size, {}
+    layers, size, modules = _base(model).encoder.layer, model.config.hidden_size, {}
     assert len(layers) == model.config.num_hidden_layers
     absent = set(config["leave_out"]) - set(range(len(layers)))
     if absent:
@@ -350,7 +397,8 @@ def _install(model: nn.Module, name: str, config: dict, modules: dict[str, nn.Mo
             beside = base.get_submodule(place.removesuffix(".adapters")).dense
         else:
             beside = base.get_input_embeddings()
-        module.to(beside.weight.device, beside.weight.dtype).train(beside.training)
+        dtype = torch.float64 if beside.weight.dtype is torch.float64 else torch.float32
+        module.to(beside.weight.device, dtype).train(beside.training)
         base.get_submodule(place)[name] = module.requires_grad_(not language)
     record.configs[name] = config
     if language:
@@ -361,7 +409,7 @@ def _install(model: nn.Module, name: str, config: dict, modules: dict[str, nn.Mo
 
 def _patch(model: nn.Module) -> InvertibleAdapters:
     """Freeze the base model and give it room for adapters; once per model."""
-    base = model.base_model
+    base = _base(model)
     if hasattr(base, "invertible_adapters"):
         return base.invertible_adapters
     record = InvertibleAdapters().train(base.training)
@@ -369,16 +417,45 @@ def _patch(model: nn.Module) -> InvertibleAdapters:
     base.requires_grad_(False)
     for layer in base.encoder.layer:
         layer.output = AdaptedOutput(layer.output, record.stack)
-    record.handles.append(base.embeddings.register_forward_hook(record.after_embeddings))
-    decoder = model.get_output_embeddings()  # of a masked-LM head; None in other models
-    if decoder is not None:
-        record.handles.append(decoder.register_forward_pre_hook(record.before_decoder))
     base.invertible_adapters = record
+    _link(model)
+    record.handles += [module.register_forward_pre_hook(_link) for module in {base, model}]
+    record.handles.append(base.embeddings.register_forward_hook(_after_embeddings))
+    decoder = _decoder(model)
+    if isinstance(decoder, nn.LayerNorm):
+        record.handles.append(decoder.register_forward_hook(_before_decoder))
+    elif decoder is not None:
+        record.handles.append(decoder.register_forward_pre_hook(_before_decoder))
+    _widen_head(model, record)
     return record
 
 
+def _widen_head(model: nn.Module, record: InvertibleAdapters) -> None:
+    """Make a head in half precision float32, but for a decoder that shares the embeddings' weights."""
+    half, of_base = (torch.float16, torch.bfloat16), set(model.base_model.parameters())
+    own = {module: list(module.parameters(recurse=False)) for module in model.modules()}
+    kept = of_base.union(*(parameters for parameters in own.values() if of_base & {*parameters}))
+    for module, parameters in own.items():
+        if parameters and kept.isdisjoint(parameters) and parameters[0].dtype in half:
+            record.handles.append(module.register_forward_pre_hook(_cast_inputs))
+            record.widened += parameters
+            for parameter in parameters:
+                parameter.data, parameter.grad = parameter.data.float(), None
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The encoder below the head, if there is one that adapters fit into."""
+    if not hasattr(model, "base_model") or not hasattr(model, "config"):
+        raise ValueError(f"{type(model).__name__} is no model of transformers: give the model itself, such as "
+                         "the `.module` of one in nn.DataParallel")
+    if model.config.model_type not in MODEL_TYPES or not hasattr(model.base_model, "encoder"):
+        known = ", ".join(MODEL_TYPES)
+        raise ValueError(f"no adapters for model type {model.config.model_type!r}, only for {known}")
+    return model.base_model
+
+
 def _record(model: nn.Module) -> InvertibleAdapters:
-    if not hasattr(model.base_model, "invertible_adapters"):
+    if not hasattr(_base(model), "invertible_adapters"):
         raise ValueError("the model has no adapters: add or load one first")
     return model.base_model.invertible_adapters
 
@@ -396,7 +473,7 @@ def _modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
 def _check_new(model: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
         raise ValueError(f"{name!r} cannot name an adapter: take a word without a dot that torch leaves free")
-    if name in getattr(getattr(model.base_model, "invertible_adapters", None), "configs", {}):
+    if name in getattr(getattr(_base(model), "invertible_adapters", None), "configs", {}):
         raise ValueError(f"the model already has an adapter named {name!r}: choose another name")
 
 
@@ -475,23 +552,26 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, name: str | None = None) -> str:
     """Load a bottleneck adapter (with its invertible block) or a LoRA that AdapterHub's library or we saved.
 
-    A task adapter or LoRA is in play and trainable at once, and a head beside it is loaded if it was saved
-    from the same class of model. A language adapter (one with an invertible block, or of type `text_lang`)
-    is frozen and waits for `set_language`. Returns the adapter's name: `name`, or else the file's.
+    A task adapter or LoRA is in play and trainable at once. The head beside it, or in the same run's folder
+    (then the one to name), is loaded with its labels' names if it was saved from the same class of model; a
+    warning says so where the model's own head stays. A language adapter (one with an invertible block, or of
+    type `text_lang`) is frozen and waits for `set_language`. Returns the adapter's name: `name`, or else the file's.
     Raises FileNotFoundError if there is no such folder or hub repository, ValueError if its files are broken,
-    do not fit the model or ask for what is not computed here. Then the model is as it was.
+    do not fit the model, ask for what is not computed here or name the model's labels in another order. Then
+    the model is as it was.
     """
     return _load(model, folder_or_hub_id, name, language=None)
 
 
 def load_head(model: nn.Module, folder: str | Path) -> None:
     """Load the head that `save_head` or AdapterHub's library wrote. Raises as `load_adapter`."""
-    for parameter, value in _read_head(model, Path(folder)):
-        parameter.data.copy_(value)
+    _put_head(model, *_read_head(model, Path(folder)))
 
 
 def _load(model: nn.Module, source: str | Path, name: str | None, language: bool | None) -> str:
-    folder = _fetch(source)
+    folder = head_folder = _fetch(source)
+    if (folder / "adapter").is_dir() and not (folder / "adapter_config.json").is_file():  # of a run
+        folder, head_folder = folder / "adapter", folder / "head"
     facts = _read_facts(folder / "adapter_config.json", model)
     config = _read_config(folder, facts)
     weights = {_modern(key).removeprefix(model.base_model_prefix + "."): value for key, value
@@ -507,15 +587,19 @@ def _load(model: nn.Module, source: str | Path, name: str | None, language: bool
     expected = {f"{path}.{key}": value for path, module in modules.items()
                 for key, value in module.state_dict().items()}
     _check_fit(folder, expected, weights)
-    head = []
-    if not language and (folder / "head_config.json").is_file():
-        if _read_facts(folder / "head_config.json", model)["model_class"] == type(model).__name__:
-            head = _read_head(model, folder)
+    head, kind = None, None
+    if not language and (head_folder / "head_config.json").is_file():
+        kind = _read_facts(head_folder / "head_config.json", model)["model_class"]
+        if kind == type(model).__name__:
+            head = _read_head(model, head_folder)
+    if not language and head is None and _head(model):
+        warnings.warn(f"{source}: the model keeps its own head, since " + (
+            f"this one is of a {kind}" if kind else "there is none beside the adapter"), stacklevel=3)
     for path, module in modules.items():
         module.load_state_dict({key: weights[f"{path}.{key}"] for key in module.state_dict()}, assign=True)
     _install(model, name, config, modules, language)
-    for parameter, value in head:
-        parameter.data.copy_(value)
+    if head:
+        _put_head(model, *head)
     return name
 
 
@@ -655,11 +739,30 @@ def _read_weights(model: nn.Module, folder: Path, *names: str) -> dict[str, torc
     return weights
 
 
-def _read_head(model: nn.Module, folder: Path) -> list[tuple[nn.Parameter, torch.Tensor]]:
+def _read_head(model: nn.Module, folder: Path) -> tuple[list[tuple[nn.Parameter, torch.Tensor]], dict]:
+    """Pairs of the model's parameters and the head's, and the head's names of labels, if they have any."""
+    facts = _read_facts(folder / "head_config.json", model)
     weights = _read_weights(model, folder, "model_head.safetensors", "pytorch_model_head.bin")
     mine, tied = _head(model), model.state_dict().keys() - _head(model).keys()
     _check_fit(folder, mine, {key: value for key, value in weights.items() if key not in tied})
-    return [(parameter, weights[key]) for key, parameter in mine.items()]
+    try:
+        names = {int(number): str(name) for name, number in (facts.get("label2id") or {}).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"{folder}: label2id in head_config.json must have a number for each name") from None
+    own = {number: str(name) for number, name in model.config.id2label.items()}
+    if names != own and sorted(names.values()) == sorted(own.values()):
+        order = ", ".join(name for _, name in sorted(names.items()))
+        raise ValueError(f"{folder} has the labels {order}, the model has them in another order: give the model "
+                         "this id2label")
+    is_named = any(name != f"LABEL_{number}" for number, name in names.items())
+    return [(parameter, weights[key]) for key, parameter in mine.items()], names if is_named else {}
+
+
+def _put_head(model: nn.Module, weights: list[tuple[nn.Parameter, torch.Tensor]], names: dict) -> None:
+    for parameter, value in weights:
+        parameter.data.copy_(value)
+    if names:
+        model.config.id2label, model.config.label2id = names, {name: number for number, name in names.items()}
 
 
 def _check_fit(folder: Path, expected: dict, weights: dict) -> None:
