@@ -11,12 +11,16 @@ A fifth task is one more entry of TASKS: columns, languages, place on the hub, h
 its kind (pairs, spans, choices, masked text). Scores are in percent; a place in a text counts its characters.
 """
 
+import contextlib
+import csv
 import dataclasses
+import io
 import json
 import math
 import re
 import shutil
 import string
+import threading
 import unicodedata
 from array import array
 from collections import Counter
@@ -27,12 +31,14 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_OFFLINE  # as the user set it
+from huggingface_hub.utils import get_session
 from torch import nn
-from transformers import (AutoModelForMaskedLM, AutoModelForMultipleChoice, AutoModelForQuestionAnswering,
-                          AutoModelForSequenceClassification, AutoTokenizer, DataCollatorForLanguageModeling,
-                          DataCollatorForMultipleChoice, DataCollatorWithPadding)
+from transformers import (AutoConfig, AutoModelForMaskedLM, AutoModelForMultipleChoice,
+                          AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer,
+                          DataCollatorForLanguageModeling, DataCollatorForMultipleChoice,
+                          DataCollatorWithPadding)
 
 from adapters import (add_language_adapter, add_lora, add_task_adapters, save_adapter, save_head,
                       set_language)
@@ -47,25 +53,69 @@ class UserError(Exception):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def reach_hub(settings) -> None:
+    """Use the hub's cache alone if the hub does not answer: its client would retry for minutes."""
+    is_local = settings.data is not None and Path(settings.model).is_dir()
+    answers: list[bool] = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # the client raises its HTTP library's errors
+            answers.append(get_session().head(constants.ENDPOINT, timeout=seconds).status_code < 500)
+
+    if not is_local:
+        seconds = get_session().timeout = constants.HF_HUB_ETAG_TIMEOUT  # some calls of it have no limit
+        asking = threading.Thread(target=ask, daemon=True)  # a search for its address knows no limit of time
+        asking.start()
+        asking.join(1.2 * seconds)
+        constants.HF_HUB_OFFLINE = answers != [True]
+
+
 def load_data(settings) -> tuple[dict[str, list[dict]], list]:
     """The rows by split (train, validation, then the test languages, English first), and the labels."""
+    rows, labels = load_rows(settings)
+    return sampled(rows, settings), labels
+
+
+def load_rows(settings) -> tuple[dict[str, list[dict]], list]:
+    """All of them; `sampled` takes what --train-examples and --test-examples ask for."""
     if settings.task == "mlm":
         return read_text(Path(settings.data)), []
     task, languages = TASKS[settings.task], test_languages(settings)
     train = read_split(settings, "train", "en")
-    first = next(iter(train.values()))
-    columns = (*task.columns, *(column for column in task.optional_columns
-                                if isinstance(first, dict) and column in first))
-    splits, values = {"train": check_rows(train, columns, task.values)}, dict(task.values)
-    if "label" in columns and "label" not in values:  # integers by value, strings by alphabet
+    own = [column for column in task.optional_columns
+           if any(isinstance(row, dict) and row.get(column) is not None for row in train.values())]
+    columns, values = (*task.columns, *own), dict(task.values)
+    absent = set(task.optional_columns) - set(own)
+    splits = {"train": check_rows(train, columns, absent, values)}
+    if "label" in columns:
         found = {row["label"] for row in splits["train"]}
-        values["label"] = sorted(found, key=lambda label: (isinstance(label, str), label))
-    splits["validation"] = check_rows(read_split(settings, "validation", "en"), columns, values)
+        if len(found) < 2:
+            raise UserError(f"{next(iter(train))} and all other rows have the label {found.pop()!r}: training "
+                            "needs two labels or more")
+        if "label" not in values:  # integers by value, strings by alphabet
+            values["label"] = sorted(found, key=lambda label: (isinstance(label, str), label))
+            note_twins(values["label"])
+    splits["validation"] = check_rows(read_split(settings, "validation", "en"), columns, absent, values)
     for language in languages:
-        rows = check_rows(read_split(settings, "test", language), columns, values)
-        splits[language] = sample(rows, settings.test_examples, seed=0)  # every run tests on the same ones
-    splits["train"] = sample(splits["train"], settings.train_examples, settings.seed, stratified=True)
+        splits[language] = check_rows(read_split(settings, "test", language), columns, absent, values)
     return splits, list(values.get("label", []))
+
+
+def sampled(rows: dict[str, list[dict]], settings) -> dict[str, list[dict]]:
+    """Every run tests on the same examples; what it trains on depends on the seed."""
+    splits = {name: sample(of_split, settings.test_examples, seed=0) for name, of_split in rows.items()}
+    train = sample(rows["train"], settings.train_examples, settings.seed, stratified=True)
+    return splits | {"train": train, "validation": rows["validation"]}
+
+
+def note_twins(labels: list) -> None:
+    spelled: dict[str, list] = {}
+    for label in labels:
+        spelled.setdefault(" ".join(str(label).casefold().split()), []).append(label)
+    for twins in spelled.values():
+        if len(twins) > 1:
+            print(f"note: the labels {' and '.join(map(repr, twins))} differ in type, case or white space "
+                  "alone, and count as different ones")
 
 
 def test_languages(settings) -> list[str]:
@@ -73,23 +123,27 @@ def test_languages(settings) -> list[str]:
     task = TASKS[settings.task]
     known, where = [*(task.languages or ()), *task.other_languages], "on the hub"
     if settings.data is not None:
-        if not Path(settings.data).is_dir():
-            raise UserError(f"no data folder {settings.data}: --data must name one with train.en.jsonl, "
-                            "validation.en.jsonl and test.<language>.jsonl")
-        known = sorted(path.name.split(".")[1] for path in Path(settings.data).glob("test.*.jsonl"))
-        where = f"in {settings.data} (test.<language>.jsonl)"
+        folder, where = Path(settings.data), f"in {settings.data} (test.<language>.jsonl)"
+        if not folder.is_dir():
+            raise UserError(f"no data folder {folder}: --data must name one with {WANTED}")
+        files = sorted(path.name for path in folder.iterdir())
+        known = sorted({name.split(".")[1] for name in files
+                        if re.fullmatch(r"test\.[^.]+\.(jsonl|csv|tsv)", name)})
+        if not known:
+            listed = ", ".join(files[:5]) + ", …" * (len(files) > 5)
+            raise UserError(f"{folder} has {listed or 'no files'} and no test data: --data needs {WANTED}")
     wanted = settings.languages.split(",") if settings.languages else task.languages or known
     for language in ("en", *wanted):
         if language not in known:
             raise UserError(f"{settings.task} has no language {language!r} {where}, only "
-                            f"{', '.join(known) or 'none at all'}: choose with --languages")
+                            f"{', '.join(known)}: choose with --languages")
     return ["en", *(language for language in dict.fromkeys(wanted) if language != "en")]
 
 
 def read_split(settings, split: str, language: str) -> dict[str, dict]:
     """The rows as they are, by the place that an error message names."""
     if settings.data is not None:
-        return read_lines(Path(settings.data) / f"{split}.{language}.jsonl")
+        return read_file(Path(settings.data), f"{split}.{language}")
     place = TASKS[settings.task].hub[split].format(language)
     if settings.task != "xcopa" or split != "test":
         return read_hub(place)
@@ -109,23 +163,74 @@ def english_questions() -> list[str | None]:
     return [row.get("question") for row in read_hub("aps/super_glue/copa/test").values()]
 
 
-def read_lines(path: Path) -> dict[str, dict]:
-    if not path.is_file():
-        raise UserError(f"missing data file {path}: --data must hold train.en.jsonl, validation.en.jsonl and "
-                        "test.<language>.jsonl")
+WANTED = ("train.en.jsonl, validation.en.jsonl and test.<language>.jsonl (a JSON object a line), or the same "
+          "as .csv or .tsv with a header line")
+
+
+def read_file(folder: Path, name: str) -> dict[str, dict]:
+    """The rows of the one file of that name, in any of the three formats."""
+    paths = [path for ending in ("jsonl", "csv", "tsv") if (path := folder / f"{name}.{ending}").is_file()]
+    if not paths:
+        raise UserError(f"missing data file {folder / name}.jsonl: --data must hold {WANTED}")
+    if len(paths) > 1:
+        raise UserError(f"{paths[0]} and {paths[1].name}: only one of them can be meant; move the other away")
+    text = read_utf8(paths[0])
+    rows = read_lines(paths[0], text) if paths[0].suffix == ".jsonl" else read_table(paths[0], text)
+    if not rows:
+        raise UserError(f"{paths[0]} is empty: it needs a row an example")
+    return rows
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file without a byte-order mark; of what is not UTF-8, half a surrogate for each byte."""
+    content = path.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:1000]:
+        raise UserError(f"{path} is in UTF-16, or no text: save it as UTF-8")
+    return content.decode("utf-8-sig", errors="surrogateescape")
+
+
+def read_lines(path: Path, text: str) -> dict[str, dict]:
+    if text.lstrip()[:1] == "[":
+        raise UserError(f"{path} is a JSON array: write one JSON object a line (jq -c '.[]' does)")
     rows = {}
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
             try:
-                row = json.loads(line.decode("utf-8"))
-                if b"\\u" in line:  # half a surrogate pair is JSON, but no text
-                    json.dumps(row, ensure_ascii=False).encode("utf-8")
+                row = json.loads(line)
+                (json.dumps(row, ensure_ascii=False) if "\\u" in line else line).encode()  # no half surrogates
             except (ValueError, RecursionError):
                 row = None
             rows[f"{path}:{number}"] = row
-    if not rows:
-        raise UserError(f"{path} is empty: it needs one JSON object a line")
     return rows
+
+
+def read_table(path: Path, text: str) -> dict[str, dict]:
+    """CSV or TSV by Python's csv: quoted fields may hold line breaks. A label that is a whole number is one."""
+    csv.field_size_limit(2**31 - 1)
+    delimiter, rows = "\t" if path.suffix == ".tsv" else ",", {}
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        text.encode()
+        header = next(lines, [])
+        for cells in filter(None, lines):  # but blank lines
+            place = f"{path}:{lines.line_num}"
+            if len(cells) != len({*header}):
+                raise UserError(f"{place}: {len(cells)} fields, and {len({*header})} names in the header line")
+            row = rows[place] = dict(zip(header, cells))
+            if re.fullmatch(r"0|-?[1-9]\d{0,17}", row.get("label", "")):
+                row["label"] = int(row["label"])
+            with contextlib.suppress(KeyError, ValueError):  # what is no JSON, check_answers names
+                row["answers"] = json.loads(row["answers"])
+    except UnicodeEncodeError:
+        raise UserError(f"{path} is not text in UTF-8: save it as UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{path}:{lines.line_num}: {error}; a field with quotes in it must be quoted, and they "
+                        "doubled") from None
+    return rows
+
+
+WITHOUT_HUB = ("check the connection; without one, folders serve (python extras/demo.py makes two: --model "
+               "demo/model --data demo/data)")
 
 
 def read_hub(place: str) -> dict[str, dict]:
@@ -135,12 +240,11 @@ def read_hub(place: str) -> dict[str, dict]:
     """
     import datasets
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 
     owner, name, config, split = place.split("/")
     wanted, unreachable_by = {"repo_type": "dataset", "revision": "refs/convert/parquet"}, None
     try:  # with a limit of time, which snapshot_download does not have
-        HfApi().repo_info(f"{owner}/{name}", timeout=HF_HUB_ETAG_TIMEOUT, **wanted)
+        HfApi().repo_info(f"{owner}/{name}", timeout=constants.HF_HUB_ETAG_TIMEOUT, **wanted)
     except Exception as error:  # the client raises OSError, ValueError and its HTTP library's errors alike
         unreachable_by = error
     try:
@@ -148,8 +252,7 @@ def read_hub(place: str) -> dict[str, dict]:
                                    local_files_only=unreachable_by is not None, **wanted)
     except Exception as error:
         raise UserError(f"data {place} is not in the local cache and the hub does not give it "
-                        f"({type(unreachable_by or error).__name__}): check the connection, or name a folder "
-                        "with --data") from None
+                        f"({type(unreachable_by or error).__name__}): {WITHOUT_HUB}") from None
     files = sorted(Path(folder, config, split).glob("*.parquet"))
     if not files:
         raise UserError(f"the hub has no parquet files for {place}: name a folder with --data")
@@ -164,24 +267,28 @@ def read_hub(place: str) -> dict[str, dict]:
     return rows
 
 
-def check_rows(rows: dict[str, dict], columns: tuple[str, ...], values: dict) -> list[dict]:
-    """These columns of every row; an error names the row's place."""
+def check_rows(rows: dict[str, dict], columns: tuple[str, ...], absent: set[str], values: dict) -> list[dict]:
+    """These columns of every row, which has none of `absent`; an error names the row's place."""
     for place, row in rows.items():
         if not isinstance(row, dict):
             raise UserError(f"{place}: not a JSON object in UTF-8; each line must be one")
         for column in columns:
             value = row.get(column)
             if value is None:
-                raise UserError(f"{place}: no column {column!r}; each row needs {', '.join(columns)}")
+                raise UserError(f"{place}: no column {column!r}; every row of every file needs "
+                                f"{', '.join(columns)}")
             if column == "answers":
                 check_answers(value, place)
             elif not isinstance(value, str) and (column != "label" or type(value) is not int):
                 kind = "a string or an integer" if column == "label" else "a string"
                 raise UserError(f"{place}: column {column!r} must be {kind}, not {value!r}")
             elif column in values and value not in values[column]:
-                known = [str(known) for known in values[column]]
+                known = [repr(known) for known in values[column]]
                 raise UserError(f"{place}: {column} {value!r} is not one of {', '.join(known[:5])}"
                                 f"{', …' * (len(known) > 5)}")
+        if given := [column for column in absent if row.get(column) is not None]:
+            raise UserError(f"{place}: a column {given[0]!r}, which the training file lacks: all rows of all files "
+                            "need it, or none")
     return [{column: row[column] for column in columns} for row in rows.values()]
 
 
@@ -213,14 +320,19 @@ def sample(rows: list[dict], count: int | None, seed: int, stratified: bool = Fa
 
 
 def read_text(path: Path) -> dict[str, list[dict]]:
-    """The lines of a text file: one in twenty is held out."""
+    """The lines of a text file: one in twenty is held out. Of fewer lines, long ones are cut at white space."""
     if not path.is_file():
         raise UserError(f"missing text file {path}: --data takes a plain text file for mlm")
+    text = read_utf8(path)
     try:
-        lines = [{"text": line} for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
+        text.encode()
+    except UnicodeEncodeError:
         raise UserError(f"{path} is not text in UTF-8: --data takes a plain text file for mlm") from None
-    return {"train": [line for i, line in enumerate(lines) if i % 20], "validation": lines[::20]}
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) < 20:
+        lines = [piece for line in lines for piece in re.findall(r"\S.{0,999}(?!\S)|\S.{0,999}", line)]
+    rows = [{"text": line} for line in lines]
+    return {"train": [row for i, row in enumerate(rows) if i % 20], "validation": rows[::20]}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -334,9 +446,12 @@ def span_logits(model: nn.Module, batch: dict) -> torch.Tensor:
 
 def masked_tokens(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss [M] and correctness [M] of every masked token and its row [M]; no logits of any other token."""
-    head = model.lm_head if hasattr(model, "lm_head") else model.cls
     hidden, masked = model.base_model(batch["input_ids"])[0], batch["labels"] != -100  # [B, T, H]
-    logits, labels = head(hidden[masked]).float(), batch["labels"][masked]  # [M, V], [M]
+    if hasattr(model, "lm_predictions"):  # DeBERTa-v2's new head
+        logits = model.lm_predictions(hidden[masked], model.get_input_embeddings())  # [M, V]
+    else:
+        logits = (model.lm_head if hasattr(model, "lm_head") else model.cls)(hidden[masked])
+    logits, labels = logits.float(), batch["labels"][masked]  # [M, V], [M]
     loss = nn.functional.cross_entropy(logits, labels, reduction="none")
     return loss, logits.argmax(-1) == labels, masked.nonzero()[:, 0]
 
@@ -553,25 +668,20 @@ TASKS = {
 
 def load_model(settings, labels: list):
     """Tokenizer, model with the task's head, and its blocks; weights come from safetensors only."""
-    folder, head, config = Path(settings.model), TASKS[settings.task].head, {}
+    folder, head = Path(settings.model), TASKS[settings.task].head
     if folder.is_dir() and not list(folder.glob("model*.safetensors")):
         raise UserError(f"model folder {folder} has no weights: put model.safetensors beside its config.json")
-    if head is AutoModelForSequenceClassification:
-        names = [str(label) for label in labels]
-        config = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    elif head is AutoModelForQuestionAnswering:
-        config = {"num_labels": 2}  # start and end, whatever the model was trained for before
-    config |= {"use_safetensors": True, "trust_remote_code": False, "attn_implementation": "sdpa",
-               "output_loading_info": True}
     try:
         for index in folder.glob("*.index.json"):  # of a model in several files
             if any(Path(name).name != name for name in json.loads(index.read_bytes())["weight_map"].values()):
                 raise ValueError(f"{index} names files outside of the folder")
+        config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
+        is_as_before = set_labels(config, head, [str(label) for label in labels])
         tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
-        model, loaded = head.from_pretrained(settings.model, **config)
-        lacking = [key for key in loaded["missing_keys"] if ".encoder." in key or ".embeddings." in key]
-        if lacking:  # they would be random
-            raise ValueError(f"its weights lack {min(lacking)} and {len(lacking) - 1} more")
+        model, loaded = head.from_pretrained(
+            settings.model, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True)
+        check_weights(settings, model, loaded, is_as_before)
         if tokenizer.pad_token is None or len(tokenizer) > model.config.vocab_size:
             raise ValueError("its tokenizer has no padding token, or more tokens than the model")
         blocks = add_blocks(settings, model)
@@ -579,13 +689,52 @@ def load_model(settings, labels: list):
         raise
     except Exception as error:  # whatever damaged or hostile files provoke
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load model {settings.model!r} ({reason}): --model takes a folder with "
-                        "config.json, model.safetensors and a tokenizer, or a hub name") from None
-    positions = model.config.max_position_embeddings - (2 if "roberta" in model.config.model_type else 0)
+        remedy = "--model takes a folder with config.json, model.safetensors and a tokenizer, or a hub name"
+        if not folder.is_dir() and constants.HF_HUB_OFFLINE:
+            reason, remedy = "not in the local cache, and the hub is not reached", WITHOUT_HUB
+        raise UserError(f"cannot load model {settings.model!r} ({reason}): {remedy}") from None
+    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    taken = getattr(embeddings, "padding_idx", None)  # where positions are counted from the one after it
+    positions = getattr(model.config, "max_position_embeddings", 0) - (0 if taken is None else taken + 1)
     length = settings.max_length or TASKS[settings.task].max_length
-    if length > positions:
+    if 0 < positions < length:
         raise UserError(f"--max-length {length} is more than the model's {positions} positions")
     return tokenizer, model, blocks
+
+
+def set_labels(config, head: type, names: list[str]) -> bool:
+    """Give the head its outputs; whether one of a checkpoint could have been trained for the same."""
+    before = config.id2label, config.problem_type
+    if head is AutoModelForQuestionAnswering:
+        config.num_labels = 2  # start and end, whatever the model was trained for before
+    elif head is AutoModelForSequenceClassification:
+        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+        config.problem_type = "single_label_classification"
+        unnamed = {i: f"LABEL_{i}" for i in config.id2label}
+        return before[0] in (config.id2label, unnamed) and before[1] in (None, config.problem_type)
+    return True
+
+
+def check_weights(settings, model: nn.Module, loaded: dict, is_as_before: bool) -> None:
+    """Refuse a checkpoint without all of the encoder; a head of its own that does not fit is made anew."""
+    sizes = {entry if isinstance(entry, str) else entry[0] for entry in loaded["mismatched_keys"]}
+    lacking, encoder = sizes | set(loaded["missing_keys"]), model.base_model_prefix + "."
+    of_encoder = sorted(key for key in lacking if key.startswith(encoder))
+    poolers = [key for key in of_encoder if ".pooler." in key and key not in sizes]
+    if len(of_encoder) > len(poolers):  # they would be random
+        raise ValueError(f"its weights lack {min(set(of_encoder) - {*poolers})} and {len(of_encoder) - 1} more")
+    if poolers:
+        print(f"note: {settings.model} has no pooler; a new one starts at random")
+    head = {name: parameter for name, parameter in model.named_parameters() if not name.startswith(encoder)}
+    if head.keys() <= set(loaded["missing_keys"]) or TASKS[settings.task].head is AutoModelForMaskedLM:
+        return
+    if is_as_before and not sizes:
+        print(f"note: {settings.model} has a head of its own, which training starts from")
+        return
+    print(f"note: {settings.model} has a head for other labels; a new one is trained")
+    fresh = dict(type(model)(model.config).named_parameters())
+    for name, parameter in head.items():
+        parameter.data.copy_(fresh[name])
 
 
 def add_blocks(settings, model: nn.Module) -> list[nn.Module]:

@@ -32,6 +32,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,15 +47,13 @@ if __name__ == "__main__":
 
 import torch
 import transformers
-from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
-from huggingface_hub.utils import get_session
 from torch import nn
 from tqdm import tqdm
 
 from adapters import load_tensors, save_tensors, set_language, write_atomically
 from fisher import LABELS, fisher_trace
-from tasks import (TASKS, UserError, is_papers_setting, load_data, load_language_adapters, load_model,
-                   paper_figure, predict, resolve, save_weights, tokens_of, unreachable)
+from tasks import (TASKS, UserError, is_papers_setting, load_language_adapters, load_model, load_rows,
+                   paper_figure, predict, reach_hub, resolve, sampled, save_weights, tokens_of, unreachable)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -87,10 +86,12 @@ SELECT = {  # by method: from the frozen blocks, bottom to top, to those that op
 class Unfreezer:
     """Algorithm 1: freezes all blocks, then opens (`requires_grad`) those due before each training step.
 
-    blocks: modules, bottom to top. method: a key of SELECT. k: the interval in steps. score: a callable that
-    returns a number per block, called only when FUN chooses. order: all blocks in their order, for "order".
-    Give the optimizer ALL parameters of all blocks, once: a frozen one has `grad=None` and is skipped, no
-    decay, momentum or state. Raises ValueError for an impossible method, k, score or order.
+    blocks: modules, bottom to top, with parameters of their own. method: a key of SELECT. k: the interval in
+    steps. score: a callable that returns a number per block, called only when FUN chooses. order: all blocks
+    in their order, for "order". Give the optimizer ALL parameters of all blocks, once: a frozen one has
+    `grad=None` and is skipped, no decay, momentum or state.
+    Raises ValueError for no blocks (but with "none"), shared parameters, or an impossible method, k, score or
+    order.
     """
 
     def __init__(self, blocks: list[nn.Module], method: str, k: int, score: Callable | None = None,
@@ -103,9 +104,21 @@ class Unfreezer:
             raise ValueError("method 'fun' needs `score`, a callable that returns one number per block")
         if method == "order" and sorted(order or []) != list(range(len(blocks))):
             raise ValueError(f"order must hold each of the blocks 0..{len(blocks) - 1} once, not {order!r}")
+        if not blocks and method != "none":
+            raise ValueError("no blocks: the schedule needs one module or more that it can open")
+        owners: dict[nn.Parameter, int] = {}
+        for index, block in enumerate(blocks):
+            parameters = set(block.parameters())
+            if not parameters:
+                raise ValueError(f"block {index} has no parameters: opening it would train nothing")
+            if shared := parameters & owners.keys():
+                raise ValueError(f"blocks {owners[shared.pop()]} and {index} share a parameter: neither could "
+                                 "open without the other")
+            owners |= dict.fromkeys(parameters, index)
         self.blocks, self.method, self.k, self.score, self.order = list(blocks), method, k, score, order
         self.generator = torch.Generator().manual_seed(seed)
         self.history: list[tuple[int, int]] = []  # (step, block) in the order of opening
+        self.intervals = 0  # how many have begun
         self._set_requires_grad()
 
     @property
@@ -113,20 +126,25 @@ class Unfreezer:
         return sorted(block for _, block in self.history)
 
     def step(self, i: int) -> list[int]:
-        """Open the blocks due before training step i (from 0), return them; a repeated call opens nothing."""
-        frozen = [block for block in range(len(self.blocks)) if block not in self.trainable]
-        due = i % self.k == 0 and i <= self.k * len(self.blocks) and all(step < i for step, _ in self.history)
-        if not frozen or not due:
-            return []
-        opened = SELECT[self.method](frozen=frozen, interval=i // self.k, score=self.score, order=self.order,
-                                     generator=self.generator)
-        self.history += [(i, block) for block in opened]
-        self._set_requires_grad()
+        """Open the blocks due before training step i (from 0), return them; a repeated call opens nothing.
+
+        Every k steps an interval begins, each with its own choice; after steps left out, several at once."""
+        opened = []
+        while self.intervals <= min(i // self.k, len(self.blocks)):
+            frozen = [block for block in range(len(self.blocks)) if block not in self.trainable]
+            chosen = frozen and SELECT[self.method](
+                frozen=frozen, interval=self.intervals, score=self.score, order=self.order,
+                generator=self.generator)
+            self.history += [(i, block) for block in chosen]
+            self._set_requires_grad()
+            self.intervals += 1
+            opened += chosen
         return opened
 
     def state_dict(self) -> dict:
         return {"method": self.method, "k": self.k, "blocks": len(self.blocks), "order": self.order,
-                "history": [list(entry) for entry in self.history], "generator": self.generator.get_state()}
+                "history": [list(entry) for entry in self.history], "intervals": self.intervals,
+                "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state` was saved. Raises ValueError if it belongs to another schedule."""
@@ -134,7 +152,7 @@ class Unfreezer:
         for key in ("method", "k", "blocks", "order"):
             if state[key] != mine[key]:
                 raise ValueError(f"the saved schedule has {key} {state[key]!r}, this one {mine[key]!r}")
-        self.history = [tuple(entry) for entry in state["history"]]
+        self.history, self.intervals = [tuple(entry) for entry in state["history"]], state["intervals"]
         self.generator.set_state(state["generator"])
         self._set_requires_grad()
 
@@ -150,8 +168,19 @@ class Unfreezer:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def option(default, text: str, **keywords):
-    return field(default=default, metadata={"help": text} | keywords)
+def option(default, text: str, least: int | None = None, **keywords):
+    kind = {} if least is None else {"type": partial(at_least, least)}
+    return field(default=default, metadata={"help": text} | kind | keywords)
+
+
+def at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -161,7 +190,7 @@ class Settings:
     task: str
     method: str = option(None, "which blocks open when (default: gu)", choices=[*SELECT, "full"])
     order: str | None = option(None, "for --method order: all blocks, first opened first", metavar="11,10,…")
-    k: int | None = option(None, "steps between two openings", type=int)
+    k: int | None = option(None, "steps between two openings", 1)
     adapter: str = option("pfeiffer", "what is trained in each layer", choices=["pfeiffer", "lora"])
     model: str = option("FacebookAI/xlm-roberta-base", "a folder or a hub name (XLM-R, RoBERTa, BERT)")
     language_adapters: str = option("auto", "stacked below the task's: the hub's for a hub model, none, or "
@@ -170,35 +199,29 @@ class Settings:
                               "(default: the hub); for mlm a text file in UTF-8")
     languages: str | None = option(None, "tested beside English (default: the paper's)", metavar="de,sw,…")
     language: str | None = option(None, "for mlm: the language's code, and the adapter's name")
-    epochs: int | None = option(None, "passes over the training data", type=int)
-    steps: int | None = option(None, "training steps, instead of --epochs; 0 tests untrained", type=int)
+    epochs: int | None = option(None, "passes over the training data", 1)
+    steps: int | None = option(None, "training steps, instead of --epochs; 0 tests untrained", 0)
     lr: float | None = option(None, "learning rate at the start", type=float)
     decay: str | None = option(None, "of the learning rate", choices=["linear", "constant"])
-    batch_size: int | None = option(None, "training examples per step", type=int)
-    max_length: int | None = option(None, "tokens per sequence; texts are cut, contexts split", type=int)
-    train_examples: int | None = option(None, "train on a random sample of this size", type=int)
-    test_examples: int | None = option(None, "test on a fixed random sample of each language", type=int)
-    seed: int = option(0, "of head, adapters, dropout, data order and Rand", type=int)
-    fisher_every: int | None = option(None, "steps between two reports of tr(F); 0: each epoch", type=int)
+    batch_size: int | None = option(None, "training examples per step", 1)
+    max_length: int | None = option(None, "tokens per sequence; texts are cut, contexts split", 16)
+    train_examples: int | None = option(None, "train on a random sample of this size", 1)
+    test_examples: int | None = option(None, "test on a fixed random sample of each language", 1)
+    seed: int = option(0, "of head, adapters, dropout, data order and Rand", 0)
+    fisher_every: int | None = option(None, "steps between two reports of tr(F); 0: each epoch", 0)
     fisher_labels: str = option("sampled", "labels of tr(F)", choices=list(LABELS))
-    fisher_batches: int = option(4, "training batches per measurement of tr(F)", type=int)
+    fisher_batches: int = option(4, "training batches per measurement of tr(F)", 1)
     device: str | None = option(None, "default: cuda when there is one", choices=["cpu", "cuda"])
     bf16: bool = option(False, "bfloat16 autocast", action="store_true")
     whole_batches: bool = option(False, "run each batch at once, padded to its longest example (default: in "
                                  "parts of similar length, whose gradients add up)", action="store_true")
-    save_every: int = option(500, "steps between two checkpoints", type=int)
+    save_every: int = option(500, "steps between two checkpoints", 1)
     out: str | None = option(None, "the run's folder (default: runs/TASK-MODEL-METHOD-SEED)")
     overwrite: bool = option(False, "start anew, and replace a finished run", action="store_true")
 
 
 def check(settings: Settings) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
-    least_values = {"k": 1, "epochs": 1, "steps": 0, "batch_size": 1, "max_length": 16, "train_examples": 1,
-                    "test_examples": 1, "seed": 0, "fisher_every": 0, "fisher_batches": 1, "save_every": 1}
-    for name, least in least_values.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if settings.seed >= 2**32:
         raise UserError(f"--seed must be below {2**32}, not {settings.seed}")
     if settings.lr is not None and not 0 < settings.lr < math.inf:
@@ -228,10 +251,10 @@ def check(settings: Settings) -> None:
 def train(settings: Settings) -> None:
     """One run, from the data to results.json in its folder; a stopped one goes on from its checkpoint."""
     started = time.time()
-    check(settings)
-    get_session().timeout = HF_HUB_ETAG_TIMEOUT  # the hub's client would wait for ever for some answers
     task, out = TASKS[settings.task], run_folder(settings)
-    splits, labels = load_data(settings)
+    reach_hub(settings)
+    rows, labels = load_rows(settings)
+    splits = sampled(rows, settings)
     device = seeded_device(settings)
     tokenizer, model, blocks = load_model(settings, labels)
     languages = load_language_adapters(settings, model, list(splits)[2:])  # after train and validation
@@ -241,7 +264,9 @@ def train(settings: Settings) -> None:
     examples = encoded["train"]
     settings = resolve(settings, model.config.model_type, len(blocks), len(splits["train"]), len(examples))
     pad = task.collator(tokenizer, pad_to_multiple_of=8 if device.type == "cuda" else None)
-    collate = partial(to_device, pad=pad, device=device)
+    collate = partial(to_device, pad=pad, device=device, model_type=model.config.model_type)
+    if settings.task != "mlm":
+        check_padding(task, model, examples, collate)
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
@@ -282,14 +307,16 @@ def train(settings: Settings) -> None:
 
     try:
         given = [int(block) for block in settings.order.split(",")] if settings.order else None
-        method = "standard" if settings.method == "full" else settings.method
+        method = "none" if settings.method == "full" else settings.method
         unfreezer = Unfreezer(blocks, method, settings.k, trace, given, settings.seed)
     except ValueError as error:
         raise UserError(f"--order {settings.order}: {error}") from None
+    data, log_file = fingerprint(rows), claim(out)
+    identity = identity_of(dataclasses.asdict(settings), data)
+    if is_finished(out, identity):
+        print(f"{out} is finished and kept (--overwrite redoes it)")
+        return
     introduce(settings, splits, encoded, len(blocks), languages, device)
-    log_file = claim(out, settings)
-    identity = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(settings).items()}
-    identity["data of fingerprint"] = fingerprint(splits)
     state = restore(out, identity, learned, optimizer, unfreezer) or start_anew(out)
 
     def log(event: str, step: int, **fields) -> None:
@@ -316,7 +343,7 @@ def train(settings: Settings) -> None:
             log("eval", step, split="validation", language=settings.language or "en", **scores)
             metric = next(iter(scores))
             if state["best"] is None or scores[metric] > state["validation"][metric]:
-                state |= {"best": copied(learned) if step else None, "validation": scores}
+                state |= {"best": copied(learned) if step else None, "kept_step": step, "validation": scores}
             state.setdefault("untrained", scores)
         opened = [] if is_end else unfreezer.step(step)  # Algorithm 1: add the blocks SELECT() names to S
         if opened:
@@ -366,8 +393,9 @@ def train(settings: Settings) -> None:
         write_lines(out / "predictions" / f"{language}.jsonl", predictions)
     save_weights(out, settings, model, tokenizer)
     results = describe(settings, scores) | {
-        "order": unfreezer.history, "validation": state["validation"], "untrained": state["untrained"],
-        "train_examples": len(splits["train"]), "language_adapters": languages,
+        "order": unfreezer.history, "kept_step": state["kept_step"], "validation": state["validation"],
+        "untrained": state["untrained"], "data": data, "train_examples": len(splits["train"]),
+        "language_adapters": languages,
         "wall_seconds": round(state["seconds"] + time.time() - started, 1)}
     # the last file of a run: it marks the run as finished
     write_atomically(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False).encode() + b"\n")
@@ -387,17 +415,42 @@ def seeded_device(settings: Settings) -> torch.device:
     return torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def to_device(examples: list[dict], pad: Callable, device: torch.device) -> dict:
-    """The examples as one batch on the device, without a wait for it."""
+# Types whose attention adds a mask [B, 1, 1, T] as it is; others make masks of their own from one [B, T], and
+# may count its ones, window it or mask what follows a token.
+ADD_MASKS_AS_GIVEN = ("xlm-roberta", "roberta", "bert")
+
+
+def to_device(examples: list[dict], pad: Callable, device: torch.device,
+              model_type: str = ADD_MASKS_AS_GIVEN[0]) -> dict:
+    """The examples as one batch on the device, for the models that allow it without a wait for it."""
     inputs = [{key: value for key, value in example.items() if key not in ("row", "offsets")}
               for example in examples]
     batch = dict(pad(inputs))
-    if batch["attention_mask"].dim() == 2:  # in a mask [B, T] transformers would look for padding and wait
+    if batch["attention_mask"].dim() == 2 and model_type in ADD_MASKS_AS_GIVEN:  # [B, T] is waited for there
         mask = batch.pop("attention_mask").bool()
         batch |= {} if mask.all() else {"attention_mask": mask[:, None, None]}  # [B, 1, 1, T]
     if device.type == "cuda":
         batch = {key: value.pin_memory() for key, value in batch.items()}
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+@torch.inference_mode()
+def check_padding(task, model: nn.Module, examples: list[dict], collate: Callable) -> None:
+    """Refuse a model that does not run, or in which the padding of a batch changes what an example gives."""
+    short, long = (choose(examples[:256], key=tokens_of) for choose in (min, max))
+    name, length = model.config.model_type, len(short["input_ids"])
+    try:
+        alone, padded = (task.forward(model.eval(), collate(rows))[0] for rows in ([short], [short, long]))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model is that none of us has met
+        raise UserError(f"--model: a {name} does not run here ({type(error).__name__}: "
+                        f"{str(error).strip().splitlines()[0]}); choose another kind of model") from None
+    if padded.shape != alone.shape:  # a logit for each token
+        padded = padded[..., :length]
+    if not torch.allclose(padded, alone, rtol=1e-3, atol=1e-3 * alone.abs().max().item()):
+        raise UserError(f"--model: in a {name}, padding changes what a text gives, and so would the other texts "
+                        "of its batch; choose another kind of model")
 
 
 def copied(learned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -465,10 +518,38 @@ def finite_losses(settings: Settings, readings: list[list[float]], done: int, ex
     return [loss for loss, _ in readings]
 
 
-def fingerprint(splits: dict[str, list[dict]]) -> str:
-    """Of the rows that shape training."""
-    rows = json.dumps([splits["train"], splits["validation"]], sort_keys=True)
-    return hashlib.sha256(rows.encode()).hexdigest()[:16]
+def fingerprint(rows: dict[str, list[dict]]) -> str:
+    """Of all rows, before any sample is drawn, so that it is the same for every seed."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identity_of(settings: dict, data: str | None) -> dict:
+    """All that shaped a run, by the names that a user knows."""
+    return {f"--{name.replace('_', '-')}": value for name, value in settings.items()} | {
+        "data of fingerprint": data}
+
+
+def difference(then: dict, now: dict) -> str | None:
+    """What first tells two identities apart, if anything that changes results does."""
+    without_effect = ("--out", "--overwrite", "--save-every", "--device", "--data")
+    for name, value in now.items():
+        if then.get(name) != value and name not in without_effect:
+            return f"{name} {then.get(name)}, not {value}"
+
+
+def is_finished(out: Path, identity: dict) -> bool:
+    """Whether the folder holds this very run, finished; another one is refused unless --overwrite."""
+    path = out / "results.json"
+    if identity["--overwrite"] or not path.is_file():
+        return False
+    try:
+        results = json.loads(path.read_bytes())
+        other = difference(identity_of(results["settings"], results.get("data")), identity)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: pass --overwrite to start anew") from None
+    if other:
+        raise UserError(f"{out} holds a finished run with {other}: choose another --out or pass --overwrite")
+    return True
 
 
 def save_checkpoint(out: Path, identity: dict, learned: dict, optimizer, unfreezer: Unfreezer,
@@ -493,11 +574,9 @@ def restore(out: Path, identity: dict, learned: dict, optimizer, unfreezer: Unfr
     size = sum(parameter.numel() * parameter.element_size() for parameter in learned.values())
     try:
         saved = load_tensors(path, 5 * size + 2**24, device)  # weights, best weights, AdamW's two moments
-        for name, now in identity.items():
-            then = saved["identity"][name]
-            if then != now and name not in ("--out", "--overwrite", "--save-every", "--device"):
-                raise UserError(f"{path} is of a run with {name} {then}, not {now}: give the same options "
-                                "and data, or --overwrite to start anew")
+        if other := difference(saved["identity"], identity):
+            raise UserError(f"{path} is of a run with {other}: give the same options and data, or --overwrite "
+                            "to start anew")
         state = saved["state"]
         assert 0 < state["step"] <= identity["--steps"] and log.stat().st_size >= saved["log_bytes"]
         put(saved["learned"] if state["best"] is None else state["best"], learned)  # both must fit
@@ -536,21 +615,24 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 
 def run_folder(settings: Settings) -> Path:
-    """Where the run goes; a finished run there is refused unless --overwrite."""
+    """Where the run goes: a new folder, or one that holds a run."""
     kind = "-lora" if settings.adapter == "lora" and settings.method != "full" else ""
     kind += f"-{settings.train_examples}" if settings.train_examples else ""
     kind += f"-{settings.fisher_labels}" if settings.fisher_labels != "sampled" else ""
     run = f"/{settings.language}" if settings.task == "mlm" else f"{kind}-{settings.method}-{settings.seed}"
-    out = Path(settings.out or f"runs/{settings.task}-{Path(settings.model).name}{run}")
+    model, data = Path(settings.model), Path(settings.data or "")
+    name = f"{settings.task}-{model.name}"
+    if settings.task != "mlm" and not TASKS[settings.task].hub:
+        is_demo = model.parts[-2:] == ("demo", "model") and data.parts[-2:] == ("demo", "data")
+        name = "demo" if is_demo else f"{name}-{data.resolve().name}"
+    out = Path(settings.out or f"runs/{name}{run}")
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if "results.json" in found and not settings.overwrite:
-        raise UserError(f"{out} holds a finished run: choose another --out or pass --overwrite")
     if found and not found & {"results.json", "log.jsonl"}:
         raise UserError(f"{out} holds files that are not a run's: choose another --out")
     return out
 
 
-def claim(out: Path, settings: Settings) -> io.FileIO:
+def claim(out: Path) -> io.FileIO:
     """Open log.jsonl to append, for this process alone until it ends, however it ends."""
     out.mkdir(parents=True, exist_ok=True)
     log_file = (out / "log.jsonl").open("ab", buffering=0)
@@ -558,7 +640,6 @@ def claim(out: Path, settings: Settings) -> io.FileIO:
         fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process is at work in {out}: let it finish, or choose another --out")
-    run_folder(settings)  # again: another process may have finished it by now
     return log_file
 
 
@@ -646,19 +727,13 @@ def report(arguments: list[str]) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's folder")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="of tr(F), orders and scores")
     given = parser.parse_args(arguments)
-    runs = []
-    for folder in given.folders:
-        if (folder / "results.json").exists():
-            runs.append(read_run(folder))
-        else:
-            print(f"note: {folder} holds no finished run and is left out")
+    runs = [run for folder in given.folders if (run := read_run(folder))]
     if not runs:
         raise UserError("report found no finished run: name folders that hold a results.json, such as runs/*")
     groups = comparable(runs)
-    for (title, *_), methods in groups.items():
-        order = [*SELECT, "full"]
-        for method in sorted(methods, key=lambda name: (order.index(name.split(",")[0]), name)):
-            methods[method] = methods.pop(method)
+    if given.plot:
+        plot(groups, given.plot)
+    for title, methods in groups.items():
         print(f"\n{title}\n")
         rows = table(methods)
         widths = [max(map(len, column)) for column in zip(*rows)]
@@ -669,49 +744,95 @@ def report(arguments: list[str]) -> None:
             for run in runs if len({opening_order(run) for run in runs}) > 1 else []:
                 print(f"\n{method}, seed {run['seed']}, opened {opening_order(run)}", end="")
         print()
-    if given.plot:
-        plot(groups, given.plot)
 
 
-def comparable(runs: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
-    """The runs by title and languages, then by method; `full` stands beside every kind of adapter."""
+# What tables of runs tell apart by column or not at all: it follows from the method, names a place, or disturbs
+# nothing; what else was set otherwise makes another table.
+BY_METHOD = ("lr", "k", "epochs", "steps", "decay", "order", "fisher_batches")
+WITHOUT_EFFECT = ("task", "method", "adapter", "model", "language_adapters", "data", "languages", "language",
+                  "train_examples", "seed", "fisher_every", "fisher_labels", "device", "save_every", "out",
+                  "overwrite")
 
-    def setting(run: dict) -> tuple:
-        return run["task"], run["model"], run.get("train_examples"), *sorted(run["scores"])
 
-    def adapters(run: dict) -> tuple:
-        return run["adapter"], any(run.get("language_adapters", {}).values())
+def comparable(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """The runs by title, then by column: runs in one column differ in their seeds alone. `full` stands beside
+    every kind of adapter. Raises UserError for two runs of one column and seed."""
+
+    def shared(run: dict) -> tuple:
+        facts = [run["task"], run["model"], run.get("train_examples"), run.get("data"), *sorted(run["scores"])]
+        return *facts, *((name, value) for name, value in run["settings"].items()
+                         if name not in (*BY_METHOD, *WITHOUT_EFFECT))
+
+    def adapters(run: dict) -> tuple[str, str]:
+        is_stacked = any(run.get("language_adapters", {}).values())
+        return run["adapter"], str(run["settings"]["language_adapters"]) if is_stacked else ""
 
     kinds: dict[tuple, set[tuple]] = {}
     for run in runs:
         if run["method"] != "full":
-            kinds.setdefault(setting(run), set()).add(adapters(run))
-    groups: dict[tuple, dict[str, list[dict]]] = {}
+            kinds.setdefault(shared(run), set()).add(adapters(run))
+    tables: dict[tuple, list[dict]] = {}
     for run in runs:
-        task, model, examples, *languages = setting(run)
-        size = f", {examples} training examples" if examples else ""
         own = {adapters(run)}
-        for adapter, is_stacked in sorted(kinds.get(setting(run), own) if run["method"] == "full" else own):
-            title = f"{task}, {model}, {adapter}{size}, {len(languages)} languages" \
-                f"{', above language adapters' * is_stacked}"
-            groups.setdefault((title, *languages), {}).setdefault(method_of(run), []).append(run)
+        for kind in sorted(kinds.get(shared(run), own) if run["method"] == "full" else own):
+            tables.setdefault((*shared(run), kind), []).append(run)
+    groups: dict[str, dict[str, list[dict]]] = {}
+    for (*_, (adapter, source)), runs in tables.items():
+        run, examples = runs[0], runs[0].get("train_examples")
+        same = {name: value for name, value in run["settings"].items() if value and name not in WITHOUT_EFFECT
+                and all(other["settings"][name] == value for other in runs)}
+        parts = [run["task"], run["model"], adapter, f"{examples} training examples" if examples else "",
+                 f"{len(run['scores'])} languages", f"above language adapters ({source})" if source else "",
+                 *(f"{name.replace('_', ' ')} {value}" for name, value in same.items())]
+        title = ", ".join(filter(None, parts))
+        while title in groups:
+            title += ", other data"
+        groups[title] = columns(runs)
     return groups
+
+
+def columns(runs: list[dict]) -> dict[str, list[dict]]:
+    """By method, in the order of SELECT, and by what was set otherwise for runs of one method."""
+    order = [*SELECT, "full"]
+    methods: dict[str, list[dict]] = {}
+    for run in sorted(runs, key=lambda run: (order.index(run["method"]), method_of(run))):
+        methods.setdefault(method_of(run), []).append(run)
+    found: dict[str, list[dict]] = {}
+    for method, runs in methods.items():
+        other = [name for name in BY_METHOD if len({str(run["settings"][name]) for run in runs}) > 1]
+        for run in runs:
+            label = ", ".join([method, *(f"{name} {run['settings'][name]}" for name in other)])
+            for twin in found.setdefault(label, []):
+                if twin["seed"] == run["seed"]:
+                    raise UserError(f"{twin['folder']} and {run['folder']} are both {label} with seed "
+                                    f"{run['seed']}: name one of them")
+            found[label].append(run)
+    return found
 
 
 def method_of(run: dict) -> str:
     """The method, for FUN with the labels of its tr(F) where they are not the default's."""
-    labels = run.get("settings", {}).get("fisher_labels", "sampled")
+    labels = run["settings"]["fisher_labels"]
     return f"fun, {labels}" if run["method"] == "fun" and labels != "sampled" else run["method"]
 
 
-def read_run(folder: Path) -> dict:
-    """A run's results, checked as far as the report reads them."""
+def read_run(folder: Path) -> dict | None:
+    """A run's results, checked as far as the report reads them, all settings there; None with a note if there
+    are none, or of a task or method that this version does not know."""
     path = folder / "results.json"
+    if not path.exists():
+        print(f"note: {folder} holds no finished run and is left out")
+        return None
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         run["folder"] = folder
         assert all(isinstance(run[key], str) for key in ("task", "model", "adapter", "method"))
-        assert run["task"] in TASKS and run["method"] in [*SELECT, "full"] and method_of(run)
+        if run["task"] not in TASKS or run["method"] not in [*SELECT, "full"]:
+            print(f"note: {folder} is of {run['task']} by {run['method']}, unknown here, and is left out")
+            return None
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(Settings)[1:]}
+        run["settings"] = defaults | run.get("settings", {"k": run.get("k"), "steps": run.get("steps")})
+        assert isinstance(run["settings"]["fisher_labels"], str) and isinstance(run.get("data", ""), str)
         metrics = run["scores"]["en"].keys()
         assert isinstance(run["average"], dict) and isinstance(run.get("language_adapters", {}), dict)
         for score in (*run["scores"].values(), run["average"] or run["scores"]["en"]):
@@ -725,7 +846,8 @@ def read_run(folder: Path) -> dict:
 
 def table(methods: dict[str, list[dict]]) -> list[list[str]]:
     """Scores by row and methods by column, mean ± sample standard deviation over seeds."""
-    first, standard = next(iter(methods.values()))[0], methods.get("standard", [])
+    first = next(iter(methods.values()))[0]
+    standard = standard_of(methods)
     metrics, targets = list(first["scores"]["en"]), [key for key in first["scores"] if key != "en"]
     weak = weakest_first(targets, standard, metrics[0])[: len(targets) // 2]
     rows = [["", *methods], ["seeds", *(str(len(runs)) for runs in methods.values())]]
@@ -744,6 +866,10 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
         return "-" if figure == "-" else \
             f"{mean(average(run, metric) for run in runs) - float(figure.split('±')[0]):+.1f}"
 
+    for name in BY_METHOD:
+        values = {label: str(runs[0]["settings"][name]) for label, runs in methods.items()}
+        if len({*values.values()}) > 1 and name != "order":
+            rows.append([name.replace("_", " "), *values.values()])
     for metric in metrics:
         of = "" if metric == metrics[0] else f", {metric}"
         add(f"English, {metric}", lambda runs: spread([run["scores"]["en"][metric] for run in runs]))
@@ -770,6 +896,12 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
     add("tr(F) first, highest, last", trace_curve)
     add("seconds", lambda runs: f"{mean(run['wall_seconds'] for run in runs):.0f}")
     return rows
+
+
+def standard_of(methods: dict[str, list[dict]]) -> list[dict]:
+    """What gains are held against: none if standard training was run in several settings."""
+    found = [runs for runs in methods.values() if runs[0]["method"] == "standard"]
+    return found[0] if len(found) == 1 else []
 
 
 def weakest_first(languages: list[str], runs: list[dict], metric: str) -> list[str]:
@@ -836,7 +968,7 @@ def mean_curve(logs: list[list[dict]], name: str) -> dict[int, float]:
 COLOURS = ("#000000", "#E69F00", "#D55E00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7", "#F0E442", "#999999")
 
 
-def plot(groups: dict[tuple, dict[str, list[dict]]], path: Path) -> None:
+def plot(groups: dict[str, dict[str, list[dict]]], path: Path) -> None:
     """Four panels per group: tr(F) per open block, opening orders, validation score over tr(F) (the paper's
     Figures 3, 5 and 4), and the gain by language. Curves come from log.jsonl; runs without one lack them."""
     try:
@@ -849,9 +981,9 @@ def plot(groups: dict[tuple, dict[str, list[dict]]], path: Path) -> None:
     panels = panels.reshape(-1, 4)
     names = dict.fromkeys(method for methods in groups.values() for method in methods)
     colours = dict(zip(names, itertools.cycle(COLOURS)))  # a method's in every group
-    for ((title, *_), methods), (curve, orders, scores, gained) in zip(groups.items(), panels):
+    for (title, methods), (curve, orders, scores, gained) in zip(groups.items(), panels):
         for method, runs in methods.items():
-            draw(runs, methods.get("standard", []), curve, orders, scores, gained,
+            draw(runs, standard_of(methods), curve, orders, scores, gained,
                  {"color": colours[method], "label": method})
         top = max([0, *(block for runs in methods.values() for run in runs for _, block in run["order"])])
         orders.plot([0, top], [top, 0], linestyle=":", color="grey", label="GU's diagonal")
@@ -864,7 +996,7 @@ def plot(groups: dict[tuple, dict[str, list[dict]]], path: Path) -> None:
         for panel in (curve, orders, scores, gained):
             if panel.get_legend_handles_labels()[0]:
                 panel.legend(fontsize="small")
-        curve.set_title(title, loc="left", fontsize="medium")
+        curve.set_title(textwrap.fill(title, 80), loc="left", fontsize="medium")
     figure.tight_layout()
     buffer = io.BytesIO()
     try:
@@ -923,6 +1055,7 @@ def read_log(run: dict) -> tuple[list[dict], list[dict]]:
 
 
 def refuse(message: str):
+    message = message.removeprefix("argument ").replace(": must be", " must be", 1)
     raise UserError(f"{message} (see python unfreeze.py --help)")
 
 
@@ -935,6 +1068,32 @@ def parse(arguments: list[str]) -> Settings:
         parser.add_argument("--" + entry.name.replace("_", "-"), default=entry.default, **entry.metadata)
     given = vars(parser.parse_args(arguments))
     return Settings(**given | {"method": given["method"] or ("standard" if given["task"] == "mlm" else "gu")})
+
+
+def runs_of(arguments: list[str]) -> list[Settings]:
+    """The run, or one for every pair where --method or --seed names several ("gu fun", "0 1 2 3")."""
+    several = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    several.error = refuse
+    several.add_argument("--method", default="")
+    several.add_argument("--seed", default="")
+    given, others = several.parse_known_args(arguments)
+    if len(given.method.split()) < 2 and len(given.seed.split()) < 2:
+        return [parse(arguments)]
+    runs = [parse([*others, *(["--method", method] if method else []), *(["--seed", seed] if seed else [])])
+            for seed in given.seed.split() or [""] for method in given.method.split() or [""]]
+    if runs[0].out:
+        raise UserError("--out is for a single run: a comparison has a folder of its own for each")
+    return runs
+
+
+def compare(runs: list[Settings]) -> None:
+    """One run after the other, what is finished is kept, then the table."""
+    for settings in runs:
+        check(settings)
+    for settings in runs:
+        train(settings)
+    if len(runs) > 1:
+        report([str(run_folder(settings)) for settings in runs])
 
 
 def keep_freed_memory() -> None:
@@ -963,10 +1122,12 @@ def main(arguments: list[str]) -> int:
     on_stop_signals(stop_now)
     try:
         if arguments[:1] == ["report"]:
-            report(arguments[1:])
+            with contextlib.suppress(BrokenPipeError):  # `| head` has read enough
+                report(arguments[1:])
+                sys.stdout.flush()
         else:
-            train(parse(arguments))
-        sys.stdout.flush()
+            compare(runs_of(arguments))
+            sys.stdout.flush()
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -989,6 +1150,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may have no ±
     status = main(sys.argv[1:])
     sys.stderr.flush()
     os._exit(status)  # at once: what a closed pipe or a full disk has refused is not tried again
