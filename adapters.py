@@ -66,14 +66,17 @@ class BottleneckAdapter(nn.Module):
         super().__init__()
         self.config, bottleneck = config, _bottleneck(hidden_size, config["reduction_factor"])
         down = [nn.Linear(hidden_size, bottleneck), NON_LINEARITIES[config["non_linearity"]]()]
-        if config["ln_before"]:  # AdapterHub's files hold this LayerNorm under both names
-            self.adapter_norm_before = nn.LayerNorm(hidden_size)
-            down.insert(0, self.adapter_norm_before)
+        if config["ln_before"]:
+            down.insert(0, nn.LayerNorm(hidden_size))
         self.adapter_down = nn.Sequential(*down)
         self.adapter_up = nn.Linear(bottleneck, hidden_size)
         if config["ln_after"]:
             self.adapter_norm_after = nn.LayerNorm(hidden_size)
         self.apply(_start_as_bert)
+
+    @property
+    def adapter_norm_before(self) -> nn.LayerNorm:  # registered once: transformers saves no weights of two names
+        return self.adapter_down[0]
 
     def forward(self, h: torch.Tensor, x: torch.Tensor, layer_norm: nn.Module) -> torch.Tensor:
         config = self.config
@@ -446,8 +449,8 @@ def _widen_head(model: nn.Module, record: InvertibleAdapters) -> None:
 def _base(model: nn.Module) -> nn.Module:
     """The encoder below the head, if there is one that adapters fit into."""
     if not hasattr(model, "base_model") or not hasattr(model, "config"):
-        raise ValueError(f"{type(model).__name__} is no model of transformers: give the model itself, such as "
-                         "the `.module` of one in nn.DataParallel")
+        raise ValueError(f"{type(model).__name__} is no model of transformers: give the model itself (the "
+                         "`.module` of one in nn.DataParallel)")
     if model.config.model_type not in MODEL_TYPES or not hasattr(model.base_model, "encoder"):
         known = ", ".join(MODEL_TYPES)
         raise ValueError(f"no adapters for model type {model.config.model_type!r}, only for {known}")
@@ -490,7 +493,7 @@ def save_adapter(model: nn.Module, name: str, folder: str | Path, with_head: boo
     """
     modules, record, prefix = _modules(model, name), _record(model), model.base_model_prefix
     weights = {f"{prefix}.{path}.{key}": value for path, module in modules.items()
-               for key, value in module.state_dict().items()}
+               for key, value in _file_weights(module).items()}
     kind = {"type": "text_lang"} if name in record.languages else {}
     facts = {"config": record.configs[name], "name": name} | kind | _model_facts(model)
     _write_folder(folder, "adapter_config.json", facts, "pytorch_adapter.bin", weights)
@@ -503,6 +506,15 @@ def save_head(model: nn.Module, folder: str | Path) -> None:
     facts = {"config": None, "name": None, "num_labels": model.config.num_labels,
              "label2id": model.config.label2id} | _model_facts(model)
     _write_folder(folder, "head_config.json", facts, "pytorch_model_head.bin", _head(model))
+
+
+def _file_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's weights by AdapterHub's names, whose files hold the LayerNorm before an adapter under two."""
+    weights = module.state_dict()
+    if isinstance(module, BottleneckAdapter) and module.config["ln_before"]:
+        for key in ("weight", "bias"):
+            weights[f"adapter_norm_before.{key}"] = weights[f"adapter_down.0.{key}"]
+    return weights
 
 
 def _head(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -555,7 +567,8 @@ def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, name: str | Non
     A task adapter or LoRA is in play and trainable at once. The head beside it, or in the same run's folder
     (then the one to name), is loaded with its labels' names if it was saved from the same class of model; a
     warning says so where the model's own head stays. A language adapter (one with an invertible block, or of
-    type `text_lang`) is frozen and waits for `set_language`. Returns the adapter's name: `name`, or else the file's.
+    type `text_lang`) is frozen and waits for `set_language`.
+    Returns the adapter's name: `name`, or else the file's.
     Raises FileNotFoundError if there is no such folder or hub repository, ValueError if its files are broken,
     do not fit the model, ask for what is not computed here or name the model's labels in another order. Then
     the model is as it was.
@@ -585,7 +598,7 @@ def _load(model: nn.Module, source: str | Path, name: str | None, language: bool
     with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
         modules = _build(model, config, facts["name"])
     expected = {f"{path}.{key}": value for path, module in modules.items()
-                for key, value in module.state_dict().items()}
+                for key, value in _file_weights(module).items()}
     _check_fit(folder, expected, weights)
     head, kind = None, None
     if not language and (head_folder / "head_config.json").is_file():
@@ -752,8 +765,8 @@ def _read_head(model: nn.Module, folder: Path) -> tuple[list[tuple[nn.Parameter,
     own = {number: str(name) for number, name in model.config.id2label.items()}
     if names != own and sorted(names.values()) == sorted(own.values()):
         order = ", ".join(name for _, name in sorted(names.items()))
-        raise ValueError(f"{folder} has the labels {order}, the model has them in another order: give the model "
-                         "this id2label")
+        raise ValueError(f"{folder} has the labels {order}, the model has them in another order: give the "
+                         "model this id2label")
     is_named = any(name != f"LABEL_{number}" for number, name in names.items())
     return [(parameter, weights[key]) for key, parameter in mine.items()], names if is_named else {}
 

@@ -147,7 +147,8 @@ def _usable(value):
 
 
 def _is_lora(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling"))
+    weights = [module._parameters.get(name) for name in ("lora_A", "lora_B")]
+    return hasattr(module, "scaling") and all(weight is not None and weight.dim() == 2 for weight in weights)
 
 
 def _without_formula(owners: dict[nn.Module, dict[str, nn.Parameter]]) -> set[nn.Parameter]:
@@ -206,7 +207,7 @@ def _recorder(owners: dict, slow: set) -> Iterator[SimpleNamespace]:
             return output
         x = arguments[0] if arguments else next(iter(keywords.values()))
         if tape.cut:
-            tape.calls.setdefault(module, []).append((x.detach(), x._version, None))
+            tape.calls.setdefault(module, []).append((x, None, None))
             return output.detach()
         if not output.requires_grad:  # below everything that is differentiated: the graph starts here
             output = output.detach().requires_grad_()
@@ -238,10 +239,11 @@ def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dic
            tape: SimpleNamespace) -> set[nn.Parameter]:
     """The parameters whose gradients for single examples the layers' calls do not give.
 
-    The first example runs alone, with the layers' outputs cut off from the graph. A parameter that its log p
-    still depends on is used outside its layer, too. A layer that the batch calls another number of times, or
-    with an input whose first B-th is another, does not see examples apart: it is called once for all, as for
-    positions, or has the batch in another dimension. Raises ValueError if the model itself mixes examples.
+    The first example runs alone, with the layers' outputs cut off from the graph. A parameter on which log p
+    or a layer's input still depends is used outside its layer, too. A layer that the batch calls another
+    number of times, or with an input whose first B-th is another, does not see examples apart: it is called
+    once for all, as for positions, or has the batch in another dimension.
+    Raises ValueError if the model itself mixes examples.
     """
     size, fast = len(log_p[0]), {p for own in owners.values() for p in own.values()} - slow
     for parameter in fast | slow:
@@ -250,16 +252,17 @@ def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dic
     lone_inputs = {key: _first(value, size) for key, value in inputs.items()}
     lone_log_p, lone_calls = _forward(model, lone_inputs, set(), tape)
     tape.cut, unfit = False, set()
-    if any(part.requires_grad for part in lone_log_p):
-        outside = torch.autograd.grad(sum(part.sum() for part in lone_log_p), list(fast), allow_unused=True)
+    reached = [*lone_log_p, *(x for lone in lone_calls.values() for x, *_ in lone)]
+    if reached := [value.sum() for value in reached if value.requires_grad]:
+        outside = torch.autograd.grad(sum(reached), list(fast), allow_unused=True)
         unfit = {parameter for parameter, gradient in zip(fast, outside) if gradient is not None}
     pairs, modules = [], []  # what should be equal, and by pair the module that it is about
     for module, recorded in calls.items():
         inputs_of = [(x, lone) for (x, *_), (lone, *_) in zip(recorded, lone_calls.get(module, ()))]
         if len(inputs_of) == len(recorded) == len(lone_calls[module]) and all(
                 x.shape == (size * len(lone), *lone.shape[1:]) for x, lone in inputs_of):
-            pairs += [(x[: len(lone)], lone) for x, lone in inputs_of]
-            pairs += _lora_gradients(module, lone_calls[module][0][0]) if _is_lora(module) else []
+            pairs += [(x[: len(lone)], lone.detach()) for x, lone in inputs_of]
+            pairs += _lora_gradients(module, lone_calls[module][0][0].detach()) if _is_lora(module) else []
             modules += [module] * (len(pairs) - len(modules))
         else:
             unfit.update(owners[module].values())
@@ -280,12 +283,13 @@ def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dic
 
 def _lora_gradients(module: nn.Module, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For each parameter, its gradient by our formula and by autograd: not all that has lora_A is s B A x."""
-    names, parameters = zip(*module.named_parameters(recurse=False))
     y = module.forward(x)
-    g = torch.ones_like(y)
-    found = torch.autograd.grad(y, parameters, g, materialize_grads=True)
-    factors = [_factors(module, name, _by_example(x, 1), _by_example(g, 1)) for name in names]
-    return [((g[0].T @ x[0]), gradient) for (x, g), gradient in zip(factors, found)]
+    if not x.is_floating_point() or (x.shape[-1], y.shape[-1]) != (module.lora_A.shape[1], module.lora_B.shape[0]):
+        return [(torch.zeros(()), torch.ones(()))]
+    names, parameters = zip(*module.named_parameters(recurse=False))
+    found = torch.autograd.grad(y, parameters, torch.ones_like(y), materialize_grads=True)
+    factors = [_factors(module, name, _by_example(x, 1), _by_example(torch.ones_like(y), 1)) for name in names]
+    return [(g[0].T @ x[0], gradient) for (x, g), gradient in zip(factors, found)]
 
 
 def _first(value, size: int):

@@ -90,8 +90,8 @@ def load_rows(settings) -> tuple[dict[str, list[dict]], list]:
     if "label" in columns:
         found = {row["label"] for row in splits["train"]}
         if len(found) < 2:
-            raise UserError(f"{next(iter(train))} and all other rows have the label {found.pop()!r}: training "
-                            "needs two labels or more")
+            raise UserError(f"{next(iter(train))} and all other rows have one label, {found.pop()!r}: there must "
+                            "be two")
         if "label" not in values:  # integers by value, strings by alphabet
             values["label"] = sorted(found, key=lambda label: (isinstance(label, str), label))
             note_twins(values["label"])
@@ -185,7 +185,7 @@ def read_utf8(path: Path) -> str:
     """The text of a file without a byte-order mark; of what is not UTF-8, half a surrogate for each byte."""
     content = path.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:1000]:
-        raise UserError(f"{path} is in UTF-16, or no text: save it as UTF-8")
+        raise UserError(f"{path} is not text in UTF-8 but, it seems, in UTF-16: save it as UTF-8")
     return content.decode("utf-8-sig", errors="surrogateescape")
 
 
@@ -197,7 +197,9 @@ def read_lines(path: Path, text: str) -> dict[str, dict]:
         if line.strip():
             try:
                 row = json.loads(line)
-                (json.dumps(row, ensure_ascii=False) if "\\u" in line else line).encode()  # no half surrogates
+                if "\\u" in line:  # half a surrogate pair is JSON, but no text
+                    line = json.dumps(row, ensure_ascii=False)
+                line.encode()
             except (ValueError, RecursionError):
                 row = None
             rows[f"{path}:{number}"] = row
@@ -205,7 +207,7 @@ def read_lines(path: Path, text: str) -> dict[str, dict]:
 
 
 def read_table(path: Path, text: str) -> dict[str, dict]:
-    """CSV or TSV by Python's csv: quoted fields may hold line breaks. A label that is a whole number is one."""
+    """CSV or TSV by Python's csv: quoted fields may hold line breaks. A label of digits is an integer."""
     csv.field_size_limit(2**31 - 1)
     delimiter, rows = "\t" if path.suffix == ".tsv" else ",", {}
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -215,7 +217,7 @@ def read_table(path: Path, text: str) -> dict[str, dict]:
         for cells in filter(None, lines):  # but blank lines
             place = f"{path}:{lines.line_num}"
             if len(cells) != len({*header}):
-                raise UserError(f"{place}: {len(cells)} fields, and {len({*header})} names in the header line")
+                raise UserError(f"{place}: {len(cells)} fields, and {len({*header})} names in the header")
             row = rows[place] = dict(zip(header, cells))
             if re.fullmatch(r"0|-?[1-9]\d{0,17}", row.get("label", "")):
                 row["label"] = int(row["label"])
@@ -224,7 +226,7 @@ def read_table(path: Path, text: str) -> dict[str, dict]:
     except UnicodeEncodeError:
         raise UserError(f"{path} is not text in UTF-8: save it as UTF-8") from None
     except csv.Error as error:
-        raise UserError(f"{path}:{lines.line_num}: {error}; a field with quotes in it must be quoted, and they "
+        raise UserError(f"{path}:{lines.line_num}: {error}; a field with quotes must be in quotes, with its own "
                         "doubled") from None
     return rows
 
@@ -283,12 +285,12 @@ def check_rows(rows: dict[str, dict], columns: tuple[str, ...], absent: set[str]
                 kind = "a string or an integer" if column == "label" else "a string"
                 raise UserError(f"{place}: column {column!r} must be {kind}, not {value!r}")
             elif column in values and value not in values[column]:
-                known = [repr(known) for known in values[column]]
+                known = [repr(known) if column == "label" else known for known in values[column]]
                 raise UserError(f"{place}: {column} {value!r} is not one of {', '.join(known[:5])}"
                                 f"{', …' * (len(known) > 5)}")
         if given := [column for column in absent if row.get(column) is not None]:
-            raise UserError(f"{place}: a column {given[0]!r}, which the training file lacks: all rows of all files "
-                            "need it, or none")
+            raise UserError(f"{place}: a column {given[0]!r}, which the training file lacks: all rows of all "
+                            "files need it, or none")
     return [{column: row[column] for column in columns} for row in rows.values()]
 
 
@@ -320,7 +322,7 @@ def sample(rows: list[dict], count: int | None, seed: int, stratified: bool = Fa
 
 
 def read_text(path: Path) -> dict[str, list[dict]]:
-    """The lines of a text file: one in twenty is held out. Of fewer lines, long ones are cut at white space."""
+    """The lines of a text file: one in twenty is held out. If there are fewer, long ones are cut first."""
     if not path.is_file():
         raise UserError(f"missing text file {path}: --data takes a plain text file for mlm")
     text = read_utf8(path)
@@ -719,10 +721,10 @@ def check_weights(settings, model: nn.Module, loaded: dict, is_as_before: bool) 
     """Refuse a checkpoint without all of the encoder; a head of its own that does not fit is made anew."""
     sizes = {entry if isinstance(entry, str) else entry[0] for entry in loaded["mismatched_keys"]}
     lacking, encoder = sizes | set(loaded["missing_keys"]), model.base_model_prefix + "."
-    of_encoder = sorted(key for key in lacking if key.startswith(encoder))
-    poolers = [key for key in of_encoder if ".pooler." in key and key not in sizes]
-    if len(of_encoder) > len(poolers):  # they would be random
-        raise ValueError(f"its weights lack {min(set(of_encoder) - {*poolers})} and {len(of_encoder) - 1} more")
+    of_encoder = {key for key in lacking if key.startswith(encoder)}
+    poolers = {key for key in of_encoder if ".pooler." in key and key not in sizes}
+    if lost := sorted(of_encoder - poolers):  # they would be random
+        raise ValueError(f"its weights lack {lost[0]} and {len(lost) - 1} more")
     if poolers:
         print(f"note: {settings.model} has no pooler; a new one starts at random")
     head = {name: parameter for name, parameter in model.named_parameters() if not name.startswith(encoder)}

@@ -9,9 +9,11 @@ examples, AdapterHub's library frozen into files (in ../shared, if present), and
 import argparse
 import contextlib
 import copy
+import csv
 import dataclasses
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -41,6 +43,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import layer_norm, linear
+from torch.nn.utils.prune import l1_unstructured
 
 import adapters
 import fisher
@@ -772,6 +775,139 @@ for what, stack in {[(what, stack) for what, (_, stack) in cases.items()]}:
     assert run_alone(code, tmp_path, ADAPTERHUB).count("equal:") == len(cases)
 
 
+def add_language(model: nn.Module) -> list[nn.Module]:
+    modules = add_language_adapter(model, "xx")
+    set_language(model, "xx")
+    return [module.requires_grad_(True) for module in modules]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind, head, add", [
+    ("XLMRoberta", "SequenceClassification", add_task_adapters), ("Bert", "MultipleChoice", add_lora),
+    ("Roberta", "QuestionAnswering", add_task_adapters), ("XLMRoberta", "MaskedLM", add_language),
+    ("DebertaV2", "SequenceClassification", add_task_adapters), ("DebertaV2", "MaskedLM", add_language)])
+def test_on_a_half_precision_model_adapters_and_head_are_float32_and_learn(kind, head, add, dtype):
+    whole = tiny_model(kind, head).to(dtype).float().eval()  # the same weights in both
+    half = copy.deepcopy(whole).to(dtype)
+    types = {name: parameter.dtype for name, parameter in half.named_parameters()}
+    inputs = batch(choices=3) if head == "MultipleChoice" else batch()
+    inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    answers = []
+    for model in (whole, half):
+        blocks = randomise(add(model))
+        output = model(**inputs)
+        answers.append(output.start_logits if head == "QuestionAnswering" else output.logits)
+    size = answers[0].abs().max().item()
+    torch.testing.assert_close(answers[1].float(), answers[0], rtol=0.05, atol=0.05 * size)
+    of_base = set(half.base_model.parameters())
+    decoder = {"cls.predictions.bias", "lm_head.bias"}  # beside the embeddings, which decode
+    learned = {name: parameter for name, parameter in half.named_parameters()
+               if "adapters." in name or "loras." in name or parameter not in of_base and name not in decoder}
+    assert {parameter.dtype for parameter in learned.values()} == {torch.float32}
+    before = {name: parameter.detach().clone() for name, parameter in learned.items()}
+    trained = [parameter for parameter in half.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0)
+    answers[1].float().square().sum().backward()
+    optimizer.step()  # a step that half precision would lose: 1e-6 of weights around 0.3
+    for name, parameter in learned.items():
+        assert ((parameter != before[name]) == (parameter.grad != 0)).float().mean() > 0.98, name
+    remove_adapters(half)
+    assert {name: parameter.dtype for name, parameter in half.named_parameters()} == types
+    half(**inputs)
+
+
+def test_files_in_half_precision_load_as_float32(tmp_path):
+    model = tiny_model()
+    randomise(add_task_adapters(model))
+    save_adapter(model, "task", tmp_path)
+    for name in ("pytorch_adapter.bin", "pytorch_model_head.bin"):
+        weights = torch.load(tmp_path / name, weights_only=True)
+        torch.save({key: value.bfloat16() for key, value in weights.items()}, tmp_path / name)
+    other = tiny_model()
+    load_adapter(other, tmp_path)
+    assert {parameter.dtype for parameter in other.parameters()} == {torch.float32}
+    torch.testing.assert_close(other(**batch()).logits, model(**batch()).logits, rtol=0.05, atol=0.05)
+
+
+def replica_of(model: nn.Module) -> nn.Module:
+    """What nn.DataParallel makes for another device, with weights of its own: all of them halved."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, copied in copies.items():
+        for name, child in module._modules.items():
+            copied._modules[name] = copies.get(child)
+        for name, parameter in module._parameters.items():
+            setattr(copied, name, None if parameter is None else parameter.detach() / 2)
+        for name, value in module._buffers.items():
+            copied._buffers[name] = value
+    return copies[model]
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "MaskedLM"])
+@pytest.mark.parametrize("add", [add_task_adapters, add_lora])
+def test_a_replica_computes_with_its_own_weights(add, head):
+    model = madx_model(head).eval()
+    randomise(add(model, name="two"))
+    set_language(model, "sw")
+    halved = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in halved.parameters():
+            parameter /= 2
+    inputs = {key: value for key, value in batch().items() if key != "labels"}
+    before, expected = model(**inputs).logits, halved(**inputs).logits
+    assert torch.equal(replica_of(model)(**inputs).logits, expected) and not torch.equal(before, expected)
+    assert torch.equal(model(**inputs).logits, before)
+
+
+def test_a_wrapped_model_is_refused_by_name(tmp_path):
+    model = tiny_model()
+    wrapped = nn.DataParallel(model)
+    for call in (add_task_adapters, add_lora, lambda model: set_language(model, None),
+                 lambda model: save_adapter(model, "task", tmp_path), remove_adapters):
+        with pytest.raises(ValueError, match="DataParallel is no model of transformers: give .* `.module`"):
+            call(wrapped)
+    add_task_adapters(model)
+    assert wrapped(**batch()).logits.shape == (5, 3)
+
+
+@pytest.mark.parametrize("changed", [{}, {"ln_before": True}])
+def test_save_pretrained_of_a_patched_model_loads_as_the_plain_one_and_takes_its_adapter(changed, tmp_path):
+    model = tiny_model().eval()
+    plain = model(**batch()).logits
+    with_adapter(model, adapters.SEQ_BN | changed)
+    expected = model(**batch()).logits
+    model.save_pretrained(tmp_path / "model")
+    save_adapter(model, "task", tmp_path / "adapter")
+    again = type(model).from_pretrained(tmp_path / "model").eval()
+    torch.testing.assert_close(again(**batch()).logits, plain)
+    load_adapter(again, tmp_path / "adapter")
+    torch.testing.assert_close(again(**batch()).logits, expected)
+
+
+def test_a_heads_labels_come_with_it_and_another_order_is_refused(tmp_path):
+    names = {0: "no", 1: "maybe", 2: "yes"}
+    model = tiny_model(id2label=names, label2id={name: i for i, name in names.items()})
+    randomise(add_task_adapters(model))
+    save_adapter(model, "task", tmp_path / "adapter")
+    save_adapter(model, "task", tmp_path / "run/adapter", with_head=False)
+    adapters.save_head(model, tmp_path / "run/head")
+    for folder in ("adapter", "run"):
+        fresh = tiny_model()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert load_adapter(fresh, tmp_path / folder) == "task"
+        assert fresh.config.id2label == names and fresh.config.label2id == model.config.label2id
+        assert torch.equal(fresh.eval()(**batch()).logits, model.eval()(**batch()).logits)
+        other = tiny_model(id2label={0: "yes", 1: "maybe", 2: "no"}, label2id={"yes": 0, "maybe": 1, "no": 2})
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(ValueError, match="labels no, maybe, yes, the model has them in another order"):
+            load_adapter(other, tmp_path / folder)
+        assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    with pytest.warns(UserWarning, match="keeps its own head, since there is none beside the adapter"):
+        load_adapter(tiny_model(), tmp_path / "run/adapter")
+    with pytest.warns(UserWarning, match="this one is of a XLMRobertaForSequenceClassification"):
+        load_adapter(tiny_model(head="QuestionAnswering"), tmp_path / "run")
+
+
 # ---- fisher.py ---------------------------------------------------------------------------------------------
 
 
@@ -1076,6 +1212,177 @@ def test_impossible_measurements_are_refused():
             call()
 
 
+class Positions(nn.Module):
+    """An embedding that is looked up once for the whole batch; `flipped`: what a layer sees is [T * B, H]."""
+
+    def __init__(self, flipped: bool):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(60, 6), nn.Embedding(40, 6)
+        self.mix, self.out, self.flipped = nn.Linear(6, 6), nn.Linear(6, 3), flipped
+
+    def forward(self, input_ids):
+        h = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1]))  # [B, T, 6]
+        if self.flipped:
+            h = h.transpose(0, 1).flatten(0, 1)  # [T * B, 6], tokens first
+        h = torch.tanh(self.mix(h))
+        if self.flipped:
+            h = h.unflatten(0, input_ids.shape[::-1]).transpose(0, 1)
+        return self.out(h.mean(1))
+
+
+class Sidestepped(nn.Module):
+    """A weight that is used by its layer, and once more without it."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.one, self.out = nn.Embedding(60, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, input_ids):
+        h = self.tokens(input_ids).mean(1)
+        return self.out(torch.tanh(self.one(h)) + linear(h, self.one.weight))
+
+
+class GatedLoRA(nn.Module):
+    """It has the names of a LoRA, and adds something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.zeros(6, 2))
+        self.scaling = 1.0
+
+    def forward(self, h):
+        return h + torch.sigmoid(h) * (h @ self.lora_A.T @ self.lora_B.T)
+
+
+def on_tokens(change) -> nn.Module:
+    layer = change(nn.Linear(6, 6))
+    return nn.Sequential(nn.Embedding(60, 6), layer, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
+
+
+def hooked(layer: nn.Linear) -> nn.Linear:
+    layer.register_forward_pre_hook(lambda _, inputs: (3 * inputs[0],))
+    layer.register_forward_hook(lambda _, inputs, output: output * inputs[0].sum(-1, keepdim=True))
+    return layer
+
+
+def patched(layer: nn.Linear) -> nn.Linear:
+    layer.forward = lambda x: linear(x, layer.weight**2, layer.bias)
+    return layer
+
+
+def deberta(**settings) -> nn.Module:
+    return tiny_model("DebertaV2", relative_attention=True, position_buckets=4, pos_att_type=["p2c", "c2p"],
+                      norm_rel_ebd="layer_norm", share_att_key=True, position_biased_input=False,
+                      type_vocab_size=0, num_hidden_layers=2, **settings)
+
+
+ODD_LAYERS = {
+    "weight norm": lambda: on_tokens(nn.utils.weight_norm),
+    "parametrised weight norm": lambda: on_tokens(nn.utils.parametrizations.weight_norm),
+    "spectral norm": lambda: on_tokens(nn.utils.spectral_norm),
+    "parametrised spectral norm": lambda: on_tokens(nn.utils.parametrizations.spectral_norm),
+    "pruning": lambda: on_tokens(lambda layer: l1_unstructured(layer, "weight", 0.5)),
+    "hooks that change input and output": lambda: on_tokens(hooked),
+    "a forward of its own": lambda: on_tokens(patched),
+    "positions of the whole batch": lambda: Positions(flipped=False),
+    "tokens first": lambda: Positions(flipped=True),
+    "a weight beside its layer": Sidestepped,
+    "names of a LoRA": lambda: on_tokens(lambda layer: GatedLoRA()),
+    "relative positions of DeBERTa": deberta,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows, tokens", [(1, 4), (4, 4), (4, 7), (4, 8)])
+@pytest.mark.parametrize("name", ODD_LAYERS)
+def test_layers_of_other_kinds_measure_what_a_loop_over_examples_does(name, rows, tokens):
+    torch.manual_seed(0)
+    model, ids = ODD_LAYERS[name](), torch.randint(5, 60, (rows, tokens))
+    key = "input" if isinstance(model, nn.Sequential) else "input_ids"
+    model(**{key: ids})  # fills the lazy layer
+    model.eval()
+    expected = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for row in ids:
+        output = model(**{key: row[None]})
+        log_p = getattr(output, "logits", output)[0].log_softmax(-1)
+        for value in log_p:
+            gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True,
+                                            allow_unused=True)
+            for total, gradient in zip(expected.values(), gradients):
+                total += 0 if gradient is None else value.detach().exp() * gradient.square() / rows
+    found = fisher_diagonal(model, [{key: ids}], [model], "exact")[0]
+    scale = sum(value.sum() for value in expected.values())
+    for name, value in expected.items():
+        assert (found[name] - value).abs().sum() <= 1e-5 * scale, name
+    assert fisher_trace(model, [{key: ids}], [model], "exact").item() == pytest.approx(scale.item(), rel=1e-4)
+
+
+class Merging(nn.Linear):
+    """As some LoRAs: `eval()` adds a part to the weight, `train()` takes it away again."""
+
+    merged = False
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += -1 if mode else 1
+            self.merged = not mode
+        return self
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_that_merge_in_eval_mode_come_back_as_they_were(training):
+    model = nn.Sequential(Merging(8, 4), nn.Tanh(), nn.Linear(4, 3)).train()
+    model[0].train(training)
+    before = model[0].merged, model[0].weight.detach().clone()
+    fisher_trace(model, [{"input": torch.randn(4, 8)}], [model[2]])
+    assert (model[0].merged, model.training, model[0].training) == (before[0], True, training)
+    torch.testing.assert_close(model[0].weight.detach(), before[1])
+
+
+def test_inference_mode_and_a_wrapped_model_measure_the_same():
+    model = tiny_model()
+    blocks = randomise(add_task_adapters(model))
+    expected = fisher_trace(model, [batch()], blocks)
+    with torch.inference_mode():
+        inputs = {key: value.clone() for key, value in batch().items()}  # autograd may not save these
+        assert torch.equal(fisher_trace(model, [inputs], blocks), expected)
+        soft = nn.Sequential(nn.Linear(3, 3))
+        with pytest.raises(ValueError, match="made inside torch.inference_mode"):
+            fisher_trace(soft, [{"input": torch.randn(2, 3)}], [soft])
+    assert torch.equal(fisher_trace(nn.DataParallel(model), [batch()], blocks), expected)
+
+
+class Mixing(nn.Module):
+    """Centres its features over the batch: no example has an output of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(x - x.mean(0))
+
+
+def test_what_has_no_fisher_information_of_single_examples_is_refused():
+    torch.manual_seed(0)
+    mixing, regression, x = Mixing(), nn.Linear(4, 1), torch.randn(5, 4)
+    tuples, several = tiny_model(), tiny_model(problem_type="multi_label_classification")
+    tuples.config.return_dict = False
+    half_used = nn.Sequential(nn.Linear(4, 3))
+    half_used.spare = nn.Linear(2, 2)
+    half_used.forward = lambda input: half_used[0](input)
+    for model, inputs, blocks, message in [
+            (mixing, {"x": x}, [mixing.out], "another output alone than in a batch"),
+            (regression, {"input": x}, [regression], "logits have one column"),
+            (several, batch(), [several.classifier], "made for multi_label_classification"),
+            (tuples, batch(), [tuples.classifier], "returned a tuple: set `model.config.return_dict = True`"),
+            (half_used, {"input": x}, [half_used[0], half_used.spare], r"every block \(not 1\) took part")]:
+        inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        with pytest.raises(ValueError, match=message):
+            fisher_trace(model, [inputs], blocks)
+
+
 # ---- the schedules -----------------------------------------------------------------------------------------
 
 
@@ -1187,6 +1494,36 @@ def test_a_frozen_block_keeps_every_bit_and_has_no_adam_state_until_it_opens_and
         assert not any(torch.equal(one, two) for one, two in zip(head, weights(model.classifier)))
     assert len(unfreezer.trainable) == (0 if method == "none" else LAYERS)
     assert all(torch.equal(one, two) for one, two in zip(base, weights(model.roberta.embeddings)))
+
+
+@pytest.mark.parametrize("method, steps, expected", [  # k = 2, three blocks
+    ("gu", range(0, 30, 3), [(0, 2), (3, 1), (6, 0)]),
+    ("gu", range(1, 9), [(1, 2), (2, 1), (4, 0)]),
+    ("gu", [3, 4, 5], [(3, 2), (3, 1), (4, 0)]),  # resumed without its state
+    ("rev", [100], [(100, 0), (100, 1), (100, 2)]),
+    ("lpft", range(1, 9), [(2, 0), (2, 1), (2, 2)]),
+    ("lpft", [7], [(7, 0), (7, 1), (7, 2)]),
+    ("standard", [5, 10], [(5, 0), (5, 1), (5, 2)]),
+    ("none", [10**9], []),
+])
+def test_loops_of_other_shapes_open_what_is_due_by_the_intervals_that_have_passed(method, steps, expected):
+    unfreezer = Unfreezer(linears(), method, k=2)
+    for step in steps:
+        unfreezer.step(step)
+    assert unfreezer.history == expected
+    opened = [block for _, block in expected]
+    assert [block.weight.requires_grad for block in unfreezer.blocks] == [i in opened for i in range(3)]
+
+
+@pytest.mark.parametrize("blocks, message", [
+    (lambda: [], "no blocks"), (lambda: [nn.Linear(1, 1), nn.ReLU()], "block 1 has no parameters"),
+    (lambda: linears() + [linears()[0]], None), (lambda: 2 * linears(1), "blocks 0 and 1 share a parameter"),
+    (lambda: (lambda one: [one, nn.Sequential(nn.ReLU(), one)])(nn.Linear(1, 1)), "blocks 0 and 1 share"),
+])
+def test_blocks_that_cannot_open_one_by_one_are_refused(blocks, message):
+    with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        Unfreezer(blocks(), "gu", k=2)
+    assert Unfreezer([], "none", k=2).step(0) == []  # a loop that trains no blocks
 
 
 # ---- the script --------------------------------------------------------------------------------------------
@@ -1661,7 +1998,7 @@ def test_report_sets_the_papers_figure_and_the_difference_beside_each_run(
 
 @pytest.mark.parametrize("change", [
     "", "[]", "{}", {"scores": {}}, {"scores": {"de": {"accuracy": 1}}}, {"average": None}, {"order": [3]},
-    {"scores": {"en": {"accuracy": "high"}}}, {"method": "top"}, {"seed": "x"}, {"task": "xnly"},
+    {"scores": {"en": {"accuracy": "high"}}}, {"method": 3}, {"seed": "x"}, {"task": None},
     {"wall_seconds": None}, {"scores": {"en": {"accuracy": 1}, "de": {"f1": 1}}}, {"order": [["a", "b"]]},
     {"train_examples": []}, {"method": "fun", "settings": "all"}, {"language_adapters": "de"}])
 def test_report_on_a_damaged_run_is_one_line(change, tmp_path, capsys):
@@ -1675,6 +2012,56 @@ def test_report_on_a_damaged_run_is_one_line(change, tmp_path, capsys):
     assert path.read_bytes() == before
     assert unfreeze.main(["report", str(tmp_path)]) == 2 and "no finished run" in capsys.readouterr().err
     assert unfreeze.main(["report"]) == 2 and "FOLDER" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"method": "top"}, {"task": "xnly"}])
+def test_report_leaves_a_run_of_an_unknown_task_or_method_out_and_says_so(change, tmp_path, capsys):
+    scores = {"en": {"accuracy": 80}, "de": {"accuracy": 40}}
+    runs = [write_run(tmp_path / "known", scores), write_run(tmp_path / "unknown", scores, **change)]
+    assert unfreeze.main(["report", *map(str, runs)]) == 0
+    printed = capsys.readouterr().out
+    assert f"note: {runs[1]} is of" in printed and tables_of(printed)[0]["seeds"] == ["1"]
+    assert unfreeze.main(["report", str(runs[1])]) == 2 and "no finished run" in capsys.readouterr().err
+
+
+def test_report_averages_only_runs_that_differ_in_nothing_but_the_seed(tmp_path, capsys):
+    def run(name: str, score: float, **facts) -> str:
+        settings = {"lr": 1e-3, "k": 5, "steps": 9, "batch_size": 32, "max_length": 128, "seed": 0}
+        seed, data = facts.pop("seed", 0), facts.pop("data", "one")
+        method, more = facts.pop("method", "gu"), facts.pop("settings", {})
+        scores = {language: {"accuracy": score} for language in ("en", "de")}
+        return str(write_run(tmp_path / name, scores, seed=seed, method=method, data=data,
+                             settings=settings | more | {"seed": seed}))
+
+    same = [run("a", 40), run("b", 44, seed=1), run("s", 40, method="standard"),
+            run("t", 40, method="standard", seed=1)]
+    lower = run("c", 70, seed=2, settings={"lr": 1e-4})
+    table = printed_table([*same, lower], capsys)
+    assert table[""] == ["standard", "gu, lr 0.001", "gu, lr 0.0001"] and table["seeds"] == ["2", "2", "1"]
+    assert table["lr"] == ["0.001", "0.001", "0.0001"] and table["over standard"][:2] == ["-", "+2.0 ± 2.8"]
+    for other in ({"settings": {"batch_size": 8}}, {"settings": {"bf16": True}}, {"data": "two"},
+                  {"settings": {"max_length": 64}}, {"settings": {"test_examples": 100}}):
+        other = run(f"o{len(list(tmp_path.iterdir()))}", 90, seed=3, **other)
+        assert unfreeze.main(["report", *same, other]) == 0
+        printed = capsys.readouterr().out
+        assert [table["seeds"] for table in tables_of(printed)] == [["2", "2"], ["1"]]
+        assert "classify, m, pfeiffer, 2 languages, k 5, steps 9, lr 0.001, batch size" in printed
+    harmless = {"fisher_every": 7, "save_every": 2, "out": "x", "device": "cpu"}
+    harmless = run("h", 42, seed=4, settings=harmless)
+    assert printed_table([*same, harmless], capsys)["seeds"] == ["2", "3"]
+    again = run("again", 44, seed=1)
+    assert unfreeze.main(["report", *same, again]) == 2
+    assert f"{same[1]} and {again} are both gu with seed 1" in capsys.readouterr().err
+
+
+def test_report_goes_into_head_and_any_terminal(tmp_path):
+    scores = {"en": {"accuracy": 80}, **{f"l{i}": {"accuracy": 40} for i in range(3000)}}
+    runs = [str(write_run(tmp_path / f"{seed}", scores, seed=seed)) for seed in range(2)]
+    command = f"{sys.executable} {HERE / 'unfreeze.py'} report {' '.join(runs)}"
+    for line, encoding in ((f"set -o pipefail; {command} | head -3", "utf-8"), (command, "ascii")):
+        run = subprocess.run(["bash", "-c", line], capture_output=True,
+                             env=os.environ | {"PYTHONIOENCODING": encoding})
+        assert run.returncode == 0 and run.stderr == b"" and b"classify, m, pfeiffer" in run.stdout
 
 
 def test_plots_show_curves_orders_and_scores(assets, tmp_path, capsys):
@@ -1808,7 +2195,7 @@ BAD_INPUTS = {
     "no column": ("", write(TRAIN, ROW + '{"text": "a"}'), "train.en.jsonl:2: no column 'label'"),
     "null": ("", write(TRAIN, ROW + '{"text": null, "label": 1}'), "train.en.jsonl:2: no column 'text'"),
     "not JSON": ("", write(TRAIN, ROW + "red\n"), "train.en.jsonl:2: not a JSON object"),
-    "blank line": ("", write(TRAIN, ROW + "\n" + ROW), "train.en.jsonl:2: not a JSON object"),
+    "after a blank line": ("", write(TRAIN, ROW + "\n" + "red"), "train.en.jsonl:3: not a JSON object"),
     "a number": ("", write(TRAIN, "5\n" + ROW), "train.en.jsonl:1: not a JSON object"),
     "a list": ("", write(TRAIN, ROW + '["red", "colour"]'), "train.en.jsonl:2: not a JSON object"),
     "a million brackets": ("", write(TRAIN, ROW + "[" * 10**6), "train.en.jsonl:2: not a JSON object"),
@@ -2703,6 +3090,371 @@ def test_a_bad_row_of_any_task_is_named_in_one_line(name, file, assets, tmp_path
     assert unfreeze.main(task_command(task, assets, tmp_path / "data", tmp_path / "run")) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {path}:4: ") and message in error and not (tmp_path / "run").exists()
+
+
+# ---- any model, any file, any folder: right or refused -----------------------------------------------------
+
+
+def model_folder(folder: Path, assets: Path, kind: str, dtype: torch.dtype | None = None,
+                 head: str | None = None, **settings) -> Path:
+    """A model of another kind with the assets' tokenizer."""
+    torch.manual_seed(4)
+    shutil.copytree(assets / "model", folder)
+    defaults = {"vocab_size": 60, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "intermediate_size": 32, "max_position_embeddings": 40, "pad_token_id": 1,
+                "initializer_range": 0.3}
+    config = transformers.AutoConfig.for_model(kind, **defaults | settings)
+    model = getattr(transformers, "AutoModel" + (f"For{head}" if head else "")).from_config(config)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def run_in(folder: Path, assets: Path, model: Path, *options) -> dict:
+    assert unfreeze.main(command(assets, folder, "--model", model, *options)) == 0
+    return json.loads((folder / "results.json").read_text())
+
+
+def stored(out: Path) -> dict[str, torch.Tensor]:
+    return {key: value for path in (out / "adapter/pytorch_adapter.bin", out / "head/pytorch_model_head.bin")
+            for key, value in torch.load(path, weights_only=True).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_saved_in_half_precision_trains_as_the_same_weights_in_float32(dtype, assets, tmp_path):
+    half = model_folder(tmp_path / "half", assets, "xlm-roberta", dtype)
+    shutil.copytree(half, tmp_path / "whole")
+    model = transformers.AutoModel.from_pretrained(half).float()
+    assert json.loads((half / "config.json").read_text())["dtype"] == str(dtype).split(".")[1]
+    model.save_pretrained(tmp_path / "whole")
+    runs = {}
+    for name in ("half", "whole"):
+        run_in(tmp_path / f"run-{name}", assets, tmp_path / name, "--method", "fun", "--adapter", "lora")
+        runs[name] = stored(tmp_path / f"run-{name}")
+    assert all(torch.equal(value, runs["whole"][key]) and value.dtype == torch.float32
+               for key, value in runs["half"].items())
+
+
+MODERN = {"cls_token_id": 0, "sep_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
+KINDS = {  # model types with masks of all sorts: windows, causal ones, lengths; some of them do not run here
+    "xlm-roberta": {}, "bert": {}, "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "modernbert": MODERN | {"local_attention": 8, "global_attn_every_n_layers": 2}, "electra": {},
+    "eurobert": MODERN | {"mask_token_id": 4}, "rembert": {}, "camembert": {}, "distilbert": {}, "xlm": {},
+    "canine": {}, "gpt2": {}, "gemma3_text": {}, "albert": {}, "mpnet": {}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_run_predicts_the_saved_model_predicts_alone_or_its_type_is_refused(
+        kind, assets, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    random.seed(0)
+    rows = [{"text": " ".join(random.choices(WORDS["en"], k=1 + i % 15)), "label": "ab"[i % 2]}
+            for i in range(48)]
+    for name in ("train.en", "validation.en", "test.en"):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = model_folder(tmp_path / "model", assets, kind, **KINDS[kind])
+    options = ["--data", data, "--method", "full", "--steps", 6, "--lr", 1e-3, "--languages", "en"]
+    if unfreeze.main(command(assets, tmp_path / "run", "--model", model, *options)):
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ") and "--model" in error and kind not in tuple(KINDS)[:6]
+        return
+    saved = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    lines = (tmp_path / "run/predictions/en.jsonl").read_text().splitlines()
+    said = [json.loads(line)["label"] for line in lines]
+    with torch.no_grad():
+        logits = [saved(**tokenizer(row["text"], return_tensors="pt")).logits[0] for row in rows]
+    assert said == [saved.config.id2label[row.argmax().item()] for row in logits]
+
+
+@pytest.mark.parametrize("kind", unfreeze.ADD_MASKS_AS_GIVEN)
+def test_the_mask_of_these_types_is_as_good_as_the_plain_one(kind, assets):
+    pad = transformers.DataCollatorWithPadding(transformers.AutoTokenizer.from_pretrained(assets / "model"))
+    examples = [{"input_ids": [0] + [7] * n + [2], "attention_mask": [1] * (n + 2)} for n in (3, 1, 5)]
+    model = tiny_model({"xlm-roberta": "XLMRoberta", "roberta": "Roberta", "bert": "Bert"}[kind]).eval()
+    one, two = (unfreeze.to_device(examples, pad, torch.device("cpu"), name) for name in (kind, "electra"))
+    assert one["attention_mask"].dim() == 4
+    assert two["attention_mask"].tolist() == pad(examples)["attention_mask"].tolist()
+    torch.testing.assert_close(model(**one).logits, model(**two).logits)
+
+
+@pytest.mark.parametrize("method", ["gu", "fun", "lpft", "full"])
+def test_deberta_trains_by_every_method(method, assets, tmp_path):
+    settings = KINDS["deberta-v2"] | {"norm_rel_ebd": "layer_norm", "share_att_key": True,
+                                      "position_buckets": 4, "position_biased_input": False,
+                                      "type_vocab_size": 0}  # version 3's
+    model = model_folder(tmp_path / "model", assets, "deberta-v2", **settings)
+    results = run_in(tmp_path / "run", assets, model, "--method", method)
+    assert len(results["order"]) == (0 if method == "full" else 2)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_deberta_learns_a_language_with_its_old_and_its_new_head(legacy, assets, tmp_path):
+    model = tiny_model("DebertaV2", "MaskedLM", legacy=legacy).eval()
+    ids = torch.randint(5, 60, (3, 9))
+    inputs = {"input_ids": ids, "labels": torch.where(torch.rand(3, 9) < 0.5, ids, -100)}
+    torch.testing.assert_close(tasks.masked_loss(model, inputs), model(**inputs).loss)
+    add_language_adapter(model, "th")
+    set_language(model, "th")
+    adapter, seen = randomise([model.base_model.invertible_adapters["th"]])[0], {}
+    transform = model.cls.predictions.transform if legacy else model.lm_predictions.lm_head
+    transform.LayerNorm.register_forward_hook(
+        lambda _, inputs, output: seen.update(output=output), prepend=True)
+    logits = model(input_ids=ids).logits  # the inverse block stands before the product with the embeddings
+    bias = model.cls.predictions.decoder.bias if legacy else model.lm_predictions.lm_head.bias
+    expected = linear(adapter.inverse(seen["output"]), model.get_input_embeddings().weight, bias)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    folder = model_folder(tmp_path / "model", assets, "deberta-v2", legacy=legacy)
+    (tmp_path / "text.txt").write_text("\n".join("a nice red cat and a blue dog" for _ in range(200)))
+    arguments = mlm(assets, tmp_path / "run", "--data", tmp_path / "text.txt", "--model", folder)
+    assert unfreeze.main(arguments) == 0 and (tmp_path / "run/adapter_config.json").is_file()
+
+
+def without_layer(folder: Path, part: str = ".1.") -> None:
+    weights = load_file(folder / "model.safetensors")
+    kept = {key: value for key, value in weights.items() if part not in key}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", ["xlm-roberta", "modernbert", "deberta-v2", "electra", "distilbert"])
+def test_a_checkpoint_without_a_layer_is_refused_whatever_its_type(kind, assets, tmp_path, capsys):
+    model = model_folder(tmp_path / "model", assets, kind, **KINDS[kind])
+    without_layer(model)
+    assert unfreeze.main(command(assets, tmp_path / "run", "--model", model, "--method", "full")) == 2
+    assert "its weights lack" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("head, is_kept", [
+    ({"num_labels": 3}, False), ({"num_labels": 2, "problem_type": "regression"}, False),
+    ({"num_labels": 2}, True),
+    ({"id2label": {0: "colour", 1: "animal"}, "label2id": {"colour": 0, "animal": 1}}, False),
+    ({"id2label": {0: "animal", 1: "colour"}, "label2id": {"animal": 0, "colour": 1}}, True)])
+def test_a_head_for_other_labels_is_made_anew_and_said(head, is_kept, assets, tmp_path, capsys):
+    model = model_folder(tmp_path / "model", assets, "xlm-roberta", head="SequenceClassification", **head)
+    run_in(tmp_path / "run", assets, model, "--method", "none", "--steps", 0)
+    printed = capsys.readouterr().out
+    assert ("has a head of its own, which training starts from" in printed) == is_kept
+    assert ("has a head for other labels; a new one is trained" in printed) != is_kept
+    old = load_file(model / "model.safetensors")["classifier.dense.weight"]
+    new = torch.load(tmp_path / "run/head/pytorch_model_head.bin", weights_only=True)
+    assert torch.equal(old, new["classifier.dense.weight"]) == is_kept
+    assert new["classifier.out_proj.weight"].shape == (2, HIDDEN)
+
+
+def csv_of(rows: list[dict], delimiter: str = ",") -> bytes:
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue().encode()
+
+
+def rewritten(data: Path, change, ending: str = "jsonl") -> None:
+    """Every file of the folder anew: change(rows, their lines) as bytes."""
+    for path in list(data.iterdir()):
+        content = path.read_bytes()
+        path.unlink()
+        rows = [json.loads(line) for line in content.splitlines()]
+        path.with_suffix(f".{ending}").write_bytes(change(rows, content))
+
+
+FORMATS = {  # all of them hold the rows of the assets
+    "a byte-order mark": ("jsonl", lambda rows, content: b"\xef\xbb\xbf" + content),
+    "blank lines": ("jsonl", lambda rows, content: content.replace(b"\n", b"\r\n\n  \n")),
+    "csv": ("csv", lambda rows, content: csv_of(rows)),
+    "csv with a byte-order mark": ("csv", lambda rows, content: b"\xef\xbb\xbf" + csv_of(rows)),
+    "tsv and a blank line": ("tsv", lambda rows, content: csv_of(rows, "\t") + b"\r\n"),
+    "more columns": ("csv", lambda rows, content: csv_of([
+        row | {"id": "7", "text_pair": ""} for row in rows])),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_of_any_format_are_the_rows(name, assets, tmp_path):
+    ending, change = FORMATS[name]
+    shutil.copytree(assets / "data", tmp_path / "data")
+    expected, labels = tasks.load_data(unfreeze.parse(command(assets, tmp_path / "run")))
+    rewritten(tmp_path / "data", change, ending)
+    found = tasks.load_data(unfreeze.parse(command(assets, tmp_path / "run", "--data", tmp_path / "data")))
+    if name == "more columns":
+        expected = {split: [row | {"text_pair": ""} for row in rows] for split, rows in expected.items()}
+    assert found == (expected, labels)
+
+
+@pytest.mark.parametrize("task", ["xnli", "xquad", "xcopa"])
+def test_tables_of_every_task_are_read_with_their_integers_and_answers(task, assets, tmp_path):
+    for name in ("lines", "table"):
+        write_task(tmp_path / name, task)
+
+    def cells(rows: list[dict], _) -> bytes:
+        for row in rows:
+            if "answers" in row:
+                row["answers"] = json.dumps(row["answers"])
+            row[next(iter(row))] += ', "so"\r\nsaid'  # quotes and a line break inside a field
+        return csv_of(rows)
+
+    rewritten(tmp_path / "table", cells, "csv")
+    lines, table = (tasks.load_data(unfreeze.parse(task_command(task, assets, tmp_path / name, tmp_path)))
+                    for name in ("lines", "table"))
+    for rows in lines[0].values():
+        for row in rows:
+            row[next(iter(row))] += ', "so"\r\nsaid'
+    assert table == lines
+
+
+def replaced(name: str, content: str | bytes):
+    return lambda data: (data / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def as_table(content: str | bytes):
+    def change(data: Path) -> None:
+        (data / "train.en.jsonl").unlink()
+        replaced("train.en.csv", content)(data)
+
+    return change
+
+
+def with_pair(name: str, number: int):
+    def change(data: Path) -> None:
+        lines = (data / name).read_text().splitlines()
+        lines[number] = json.dumps(json.loads(lines[number]) | {"text_pair": "nice"})
+        (data / name).write_text("\n".join(lines))
+
+    return change
+
+
+def only(*names: str):
+    def change(data: Path) -> None:
+        for path in data.iterdir():
+            path.unlink()
+        for name in names:
+            (data / name).write_text("x")
+
+    return change
+
+
+BAD_DATA = {
+    "an array": (replaced("train.en.jsonl", '\n[{"text": "red"}]'), "train.en.jsonl is a JSON array"),
+    "UTF-16": (replaced("train.en.jsonl", ROW_16 := '{"text": "red"}'.encode("utf-16")), "in UTF-16"),
+    "UTF-16 without a mark": (replaced("test.de.jsonl", ROW_16[2:]), "in UTF-16"),
+    "UTF-16 table": (as_table("text,label\nred,colour\n".encode("utf-16")), "in UTF-16"),
+    "Latin-1 table": (as_table("text,label\ngrün,colour\n".encode("latin-1")), "is not text in UTF-8"),
+    "no header": (as_table("red,colour\ncat,animal\n"), "train.en.csv:2: no column 'text'"),
+    "header alone": (as_table("text,label\n"), "train.en.csv is empty"),
+    "short row": (as_table("text,label\nred,colour\nblue\n"), "train.en.csv:3: 1 fields, and 2 names"),
+    "long row": (as_table("text,label\nred, blue,colour\n"), "train.en.csv:2: 3 fields, and 2 names"),
+    "one name twice": (as_table("text,text\nred,colour\n"), "2 fields, and 1 names"),
+    "open quote": (as_table('text,label\n"red,colour\ncat,animal\n'), "csv:3: unexpected end of data"),
+    "semicolons": (as_table("text;label\nred;colour\n"), "train.en.csv:2: no column 'text'"),
+    "two formats": (replaced("test.de.csv", "text,label\n"), "test.de.jsonl and test.de.csv: only one"),
+    "a folder of something else": (only("notes.txt"), "has notes.txt and no test data: --data needs"),
+    "an empty folder": (only(), "has no files and no test data"),
+    "a pair in one row": (with_pair("train.en.jsonl", 4), "train.en.jsonl:1: no column 'text_pair'"),
+    "a pair in one test row": (with_pair("test.de.jsonl", 4), "test.de.jsonl:5: a column 'text_pair'"),
+    "one label": (replaced("train.en.jsonl", 3 * ROW), "rows have one label, 'colour'"),
+    "strings for integers": (replaced("train.en.jsonl", ''.join(ROW.replace('"colour"', n) for n in "12")),
+                             "label 'colour' is not one of 1, 2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_data_that_cannot_be_read_is_one_line_that_says_what_it_is(name, assets, tmp_path, capsys):
+    change, message = BAD_DATA[name]
+    shutil.copytree(assets / "data", tmp_path / "data")
+    change(tmp_path / "data")
+    assert unfreeze.main(command(assets, tmp_path / "run", "--data", tmp_path / "data")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1, error
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_that_look_alike_are_said_once(assets, tmp_path, capsys):
+    shutil.copytree(assets / "data", tmp_path / "data")
+    labels = ["on", "on ", 1, "1", "off", "On"]
+    rewritten(tmp_path / "data", lambda rows, _: "".join(
+        json.dumps(row | {"label": labels[i % 6]}) + "\n" for i, row in enumerate(rows)).encode())
+    run_in(tmp_path / "run", assets, assets / "model", "--data", tmp_path / "data", "--steps", 1)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "differ in type" in line]
+    named = [re.findall(r"(?<= )(?:'[^']*'|\d)", note) for note in notes]
+    assert named == [["1", "'1'"], ["'On'", "'on'", "'on '"]]
+
+
+@pytest.mark.parametrize("text, pieces", [
+    ("word " * 1000, 5), ("字" * 3000, 3), ("word " * 1000 + "\n\nred\n", 6)])
+def test_a_text_of_one_long_line_is_cut_and_nothing_is_lost(text, pieces, tmp_path):
+    (tmp_path / "text.txt").write_text("\ufeff" + text, encoding="utf-8")
+    splits = tasks.read_text(tmp_path / "text.txt")
+    lines = [row["text"] for row in splits["validation"][:1] + splits["train"]]
+    assert len(lines) == pieces and "".join("".join(lines).split()) == "".join(text.split())
+    assert all(len(line) <= 1000 and not line.startswith("ord") for line in lines)
+
+
+@pytest.mark.parametrize("changed, message", [
+    (["--lr", "0.02"], "holds a finished run with --lr 0.01, not 0.02"),
+    (["--steps", "8"], "holds a finished run with --steps 9, not 8"),
+    (["--languages", "de"], "holds a finished run with --languages None, not de"),
+    ("train.en", "holds a finished run with data of fingerprint"),
+    ("test.de", "holds a finished run with data of fingerprint"), ([], None), (["--save-every", "2"], None)])
+def test_a_finished_run_is_kept_only_if_it_is_the_one_asked_for(changed, message, assets, tmp_path, capsys):
+    shutil.copytree(assets / "data", tmp_path / "data")
+    arguments = command(assets, tmp_path / "run", "--data", tmp_path / "data")
+    assert unfreeze.main(arguments) == 0
+    before, _ = outcome(tmp_path / "run"), capsys.readouterr()
+    if isinstance(changed, str):
+        with (tmp_path / "data" / f"{changed}.jsonl").open("a") as file:
+            file.write('{"text": "red", "label": "colour"}\n')
+    status = unfreeze.main([*arguments, *(changed if isinstance(changed, list) else [])])
+    printed = capsys.readouterr()
+    assert status == (2 if message else 0) and outcome(tmp_path / "run") == before
+    assert message in printed.err if message else "is finished and kept" in printed.out
+    results = before["results.json"]
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    scores = {event["step"]: event["accuracy"] for event in log if event.get("split") == "validation"}
+    assert scores[results["kept_step"]] == results["validation"]["accuracy"] == max(scores.values())
+
+
+def test_several_methods_and_seeds_are_single_runs_and_then_the_table(assets, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alone = command(assets, Path("alone"), "--method", "rev", "--seed", 1)
+    place = alone.index("--out")
+    several = [*alone[:place], *alone[place + 2 :], "--method", "gu rev", "--seed", "1 0"]
+    assert unfreeze.main(several) == 0 and unfreeze.main(alone) == 0
+    assert sorted(os.listdir("runs")) == [f"classify-model-data-{method}-{seed}"
+                                          for method in ("gu", "rev") for seed in (0, 1)]
+    assert outcome(Path("runs/classify-model-data-rev-1")) == outcome(Path("alone"))
+    table, = tables_of(capsys.readouterr().out)
+    assert table[""] == ["gu", "rev"] and table["seeds"] == ["2", "2"]
+    assert unfreeze.main([*several, "--out", "elsewhere"]) == 2
+    assert "--out is for a single run" in capsys.readouterr().err
+    assert unfreeze.main([*several, "--method", "gu top"]) == 2 and "'top'" in capsys.readouterr().err
+
+
+def test_a_run_is_called_after_its_data_where_the_task_has_none_of_its_own():
+    def name(*arguments: str) -> str:
+        return str(unfreeze.run_folder(unfreeze.parse([*arguments])))
+
+    assert name("classify", "--model", "m", "--data", "some/where/") == "runs/classify-m-where-gu-0"
+    assert name("classify", "--model", "demo/model", "--data", "demo/data") == "runs/demo-gu-0"
+    assert name("xnli", "--data", "some/where") == "runs/xnli-xlm-roberta-base-gu-0"
+    assert name("mlm", "--language", "th", "--data", "x") == "runs/mlm-xlm-roberta-base/th"
+
+
+@pytest.mark.parametrize("fault", [500, "silent", "gone", "nowhere"])
+def test_without_a_hub_one_line_says_what_works(fault, assets, task_hub, tmp_path):
+    folder, environment = task_hub
+    if fault in ("gone", "nowhere"):
+        environment |= {"HF_ENDPOINT": "http://127.0.0.1:9" if fault == "gone" else "http://no.host.invalid"}
+    else:
+        (folder / "fault").write_text(str(fault))
+    for options in ((), ("--data", str(assets / "data"))):
+        task = "classify" if options else "xnli"
+        arguments = [task, "--model", "someone/tiny", *options, "--out", str(tmp_path / "run")]
+        started = time.monotonic()
+        run = subprocess.run([sys.executable, HERE / "unfreeze.py", *arguments], text=True,
+                             capture_output=True, env=environment, timeout=60)
+        assert "--model demo/model --data demo/data" in one_line(run)
+        assert time.monotonic() - started < 20  # the issue is minutes of retries
 
 
 # ---- tasks.py: answers and their scores --------------------------------------------------------------------

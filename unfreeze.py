@@ -112,8 +112,8 @@ class Unfreezer:
             if not parameters:
                 raise ValueError(f"block {index} has no parameters: opening it would train nothing")
             if shared := parameters & owners.keys():
-                raise ValueError(f"blocks {owners[shared.pop()]} and {index} share a parameter: neither could "
-                                 "open without the other")
+                raise ValueError(f"blocks {owners[shared.pop()]} and {index} share a parameter: they would "
+                                 "open together")
             owners |= dict.fromkeys(parameters, index)
         self.blocks, self.method, self.k, self.score, self.order = list(blocks), method, k, score, order
         self.generator = torch.Generator().manual_seed(seed)
@@ -449,8 +449,8 @@ def check_padding(task, model: nn.Module, examples: list[dict], collate: Callabl
     if padded.shape != alone.shape:  # a logit for each token
         padded = padded[..., :length]
     if not torch.allclose(padded, alone, rtol=1e-3, atol=1e-3 * alone.abs().max().item()):
-        raise UserError(f"--model: in a {name}, padding changes what a text gives, and so would the other texts "
-                        "of its batch; choose another kind of model")
+        raise UserError(f"--model: in a {name}, padding changes what a text gives, so its batch would count; "
+                        "choose another kind of model")
 
 
 def copied(learned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -575,8 +575,8 @@ def restore(out: Path, identity: dict, learned: dict, optimizer, unfreezer: Unfr
     try:
         saved = load_tensors(path, 5 * size + 2**24, device)  # weights, best weights, AdamW's two moments
         if other := difference(saved["identity"], identity):
-            raise UserError(f"{path} is of a run with {other}: give the same options and data, or --overwrite "
-                            "to start anew")
+            raise UserError(f"{path} is of a run with {other}: give the same options and data, or pass "
+                            "--overwrite to start anew")
         state = saved["state"]
         assert 0 < state["step"] <= identity["--steps"] and log.stat().st_size >= saved["log_bytes"]
         put(saved["learned"] if state["best"] is None else state["best"], learned)  # both must fit
@@ -746,8 +746,8 @@ def report(arguments: list[str]) -> None:
         print()
 
 
-# What tables of runs tell apart by column or not at all: it follows from the method, names a place, or disturbs
-# nothing; what else was set otherwise makes another table.
+# What runs of one table may differ in: what follows from the method, and what changes no result or is told
+# apart otherwise.
 BY_METHOD = ("lr", "k", "epochs", "steps", "decay", "order", "fisher_batches")
 WITHOUT_EFFECT = ("task", "method", "adapter", "model", "language_adapters", "data", "languages", "language",
                   "train_examples", "seed", "fisher_every", "fisher_labels", "device", "save_every", "out",
@@ -759,9 +759,9 @@ def comparable(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
     every kind of adapter. Raises UserError for two runs of one column and seed."""
 
     def shared(run: dict) -> tuple:
-        facts = [run["task"], run["model"], run.get("train_examples"), run.get("data"), *sorted(run["scores"])]
-        return *facts, *((name, value) for name, value in run["settings"].items()
-                         if name not in (*BY_METHOD, *WITHOUT_EFFECT))
+        facts = run["task"], run["model"], run.get("train_examples"), run.get("data")
+        own = [entry for entry in run["settings"].items() if entry[0] not in (*BY_METHOD, *WITHOUT_EFFECT)]
+        return *facts, *sorted(run["scores"]), *own
 
     def adapters(run: dict) -> tuple[str, str]:
         is_stacked = any(run.get("language_adapters", {}).values())
@@ -1082,7 +1082,7 @@ def runs_of(arguments: list[str]) -> list[Settings]:
     runs = [parse([*others, *(["--method", method] if method else []), *(["--seed", seed] if seed else [])])
             for seed in given.seed.split() or [""] for method in given.method.split() or [""]]
     if runs[0].out:
-        raise UserError("--out is for a single run: a comparison has a folder of its own for each")
+        raise UserError("a comparison has folders of its own; --out is for a single run")
     return runs
 
 
