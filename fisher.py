@@ -108,15 +108,17 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
     slow = _without_formula(owners)
     _warn(slow, owners)
     generator = generator or torch.Generator().manual_seed(0)
-    examples, used = 0, set()
+    examples, used, known = 0, set(), set()
     with _restored(model), _recorder(owners, slow) as tape:
         for batch in batches:
             inputs = {key: _usable(value) for key, value in batch.items() if key not in TARGETS}
             log_p, calls = _forward(model, inputs, slow, tape)
             size = len(log_p[0])
-            if size > 1 or not examples:
-                unfit = _unfit(model, inputs, log_p, calls, owners, slow, tape)
-                if unfit:
+            shapes = {(module, len(x) / size, x.dim(), x.is_floating_point() and x.shape[-1])
+                      for module, recorded in calls.items() for x, *_ in recorded} if size > 1 else set()
+            if not examples or not shapes <= known:
+                known |= shapes
+                if unfit := _unfit(model, inputs, log_p, calls, owners, slow, tape):
                     slow |= unfit
                     _warn(unfit, owners)
                     log_p, calls = _forward(model, inputs, slow, tape)
@@ -376,9 +378,11 @@ def _gradients(chosen: torch.Tensor, calls: dict, owners: dict, slow: set, keep_
                 for name, parameter in owners[module].items():
                     if parameter not in slow:
                         factors.setdefault(parameter, []).append(_factors(module, name, x, g))
-    for parameter, several in factors.items():  # all uses of a parameter are one sum: they lengthen T
-        xs, gs = zip(*several)
-        yield parameter, None if xs[0] is None else torch.cat(xs, 1), torch.cat(gs, 1)
+    for parameter, ((x, g), *further) in factors.items():
+        if further:  # all uses of a parameter are one sum: they lengthen T
+            xs, gs = zip((x, g), *further)
+            x, g = None if x is None else torch.cat(xs, 1), torch.cat(gs, 1)
+        yield parameter, x, g
     if slow:
         rows = [torch.autograd.grad(one, list(slow), retain_graph=True, allow_unused=True) for one in chosen]
         for parameter, column in zip(slow, zip(*rows)):

@@ -3784,6 +3784,21 @@ def test_the_readme_snippets_of_the_schedule_open_every_block(number, tmp_path):
     assert list(steps) == list(range(0, 24, 2)) and sorted(blocks) == list(range(12))
 
 
+@demo_is_there
+def test_the_readme_snippet_of_a_run_names_what_the_run_predicted(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    options = "--steps 12 --languages de --test-examples 40 --fisher-every 12 --device cpu".split()
+    paths = ["--model", str(HERE / "demo/model"), "--data", str(HERE / "demo/data"), "--out", "runs/demo-gu-0"]
+    settings = ["classify", "--method", "gu", *paths, *options]
+    assert unfreeze.main(settings) == 0
+    rows = tasks.load_data(unfreeze.parse(settings))[0]["de"]
+    lines = Path("runs/demo-gu-0/predictions/de.jsonl").read_text().splitlines()
+    labels = [json.loads(line)["label"] for line in lines]
+    check = f"assert [row['label'] for row in classify({[row['text'] for row in rows]})] == {labels}"
+    assert "'label': '" in run_snippet(5, tmp_path / "work", check) and len({*labels}) > 1
+
+
 XNLI = HERE.parent / "shared" / "data" / "xnli"
 xnli_is_there = pytest.mark.skipif(not XNLI.is_dir(), reason="../shared/data is not here")
 
