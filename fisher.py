@@ -92,19 +92,9 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
     """Call add(parameter, x, g, weight) for every batch, label and parameter; returns what to divide by."""
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}, not {labels!r}")
-    for index, block in enumerate(blocks):
-        if not list(block.parameters()):
-            raise ValueError(f"block {index} has no parameters")
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise ValueError("the model was made inside torch.inference_mode(): make or load it outside")
-    wanted = {parameter for block in blocks for parameter in block.parameters()}
-    owners = {module: {name: parameter for name, parameter in module.named_parameters(recurse=False)
-                       if parameter in wanted} for module in model.modules()}
-    owners = {module: own for module, own in owners.items() if own}
-    if not owners:
-        raise ValueError("no block is part of the model")
+    owners = _owners(model, blocks)
     slow = _without_formula(owners)
     _warn(slow, owners)
     generator = generator or torch.Generator().manual_seed(0)
@@ -114,8 +104,7 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
             inputs = {key: _usable(value) for key, value in batch.items() if key not in TARGETS}
             log_p, calls = _forward(model, inputs, slow, tape)
             size = len(log_p[0])
-            shapes = {(module, len(x) / size, x.dim(), x.is_floating_point() and x.shape[-1])
-                      for module, recorded in calls.items() for x, *_ in recorded} if size > 1 else set()
+            shapes = _shapes_of_an_example(calls, size)
             if not examples or not shapes <= known:
                 known |= shapes
                 if unfit := _unfit(model, inputs, log_p, calls, owners, slow, tape):
@@ -136,16 +125,37 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
             examples += size
     if not examples:
         raise ValueError("no batches: the Fisher information needs at least one example")
-    idle = [index for index, block in enumerate(blocks) if used.isdisjoint(block.parameters())]
-    if idle:
+    if idle := [index for index, block in enumerate(blocks) if used.isdisjoint(block.parameters())]:
         who = "no block" if len(idle) == len(blocks) else f"not every block (not {', '.join(map(str, idle))})"
         raise ValueError(f"{who} took part in the model's forward pass")
     return 1 if labels == "official" else examples
 
 
+def _owners(model: nn.Module, blocks: list[nn.Module]) -> dict[nn.Module, dict[str, nn.Parameter]]:
+    """By module, its own parameters by name, of those that the blocks have."""
+    wanted = {parameter for block in blocks for parameter in block.parameters()}
+    for index, block in enumerate(blocks):
+        if not list(block.parameters()):
+            raise ValueError(f"block {index} has no parameters")
+    if any(parameter.is_inference() for parameter in wanted):
+        raise ValueError("the model was made inside torch.inference_mode(): make or load it outside")
+    owners = {module: {name: own for name, own in module._parameters.items() if own in wanted}
+              for module in model.modules()}
+    owners = {module: own for module, own in owners.items() if own}
+    if not owners:
+        raise ValueError("no block is part of the model")
+    return owners
+
+
 def _usable(value):
     """A batch's entry such that autograd may save it: tensors made in inference mode are copied."""
     return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
+
+
+def _shapes_of_an_example(calls: dict, size: int) -> set[tuple]:
+    """An example's rows, dimensions and features in each layer's input; a batch of one tells nothing."""
+    return {(module, x.shape[0] / size if x.dim() else 0, x.dim(), x.is_floating_point() and x.shape[-1])
+            for module, recorded in calls.items() for x, *_ in recorded if size > 1}
 
 
 def _is_lora(module: nn.Module) -> bool:
@@ -262,7 +272,7 @@ def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dic
     for module, recorded in calls.items():
         inputs_of = [(x, lone) for (x, *_), (lone, *_) in zip(recorded, lone_calls.get(module, ()))]
         if len(inputs_of) == len(recorded) == len(lone_calls[module]) and all(
-                x.shape == (size * len(lone), *lone.shape[1:]) for x, lone in inputs_of):
+                lone.dim() and x.shape == (size * len(lone), *lone.shape[1:]) for x, lone in inputs_of):
             pairs += [(x[: len(lone)], lone.detach()) for x, lone in inputs_of]
             pairs += _lora_gradients(module, lone_calls[module][0][0].detach()) if _is_lora(module) else []
             modules += [module] * (len(pairs) - len(modules))
@@ -285,12 +295,13 @@ def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dic
 
 def _lora_gradients(module: nn.Module, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For each parameter, its gradient by our formula and by autograd: not all that has lora_A is s B A x."""
-    y = module.forward(x)
-    if not x.is_floating_point() or (x.shape[-1], y.shape[-1]) != (module.lora_A.shape[1], module.lora_B.shape[0]):
+    y, sizes = module.forward(x), (module.lora_A.shape[1], module.lora_B.shape[0])
+    if not x.is_floating_point() or (x.shape[-1], y.shape[-1]) != sizes:
         return [(torch.zeros(()), torch.ones(()))]
     names, parameters = zip(*module.named_parameters(recurse=False))
-    found = torch.autograd.grad(y, parameters, torch.ones_like(y), materialize_grads=True)
-    factors = [_factors(module, name, _by_example(x, 1), _by_example(torch.ones_like(y), 1)) for name in names]
+    ones = torch.ones_like(y)
+    found = torch.autograd.grad(y, parameters, ones, materialize_grads=True)
+    factors = [_factors(module, name, _by_example(x, 1), _by_example(ones, 1)) for name in names]
     return [(g[0].T @ x[0], gradient) for (x, g), gradient in zip(factors, found)]
 
 
@@ -302,9 +313,8 @@ def _first(value, size: int):
 
 def _tolerance(model: nn.Module) -> float:
     """How far two ways to compute the same may be apart, by the precision of the model's arithmetic."""
-    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    kind = parameters[0].device.type
-    dtypes = {parameter.dtype for parameter in parameters}
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    kind = next(model.parameters()).device.type
     if torch.is_autocast_enabled(kind):
         dtypes.add(torch.get_autocast_dtype(kind))
     is_tf32 = kind == "cuda" and torch.get_float32_matmul_precision() != "highest"
