@@ -1,4 +1,4 @@
-"""Pfeiffer adapters, MAD-X language adapters and LoRA for XLM-R, RoBERTa and BERT, written out by hand.
+"""Pfeiffer adapters, MAD-X language adapters and LoRA for XLM-R, RoBERTa, BERT and DeBERTa, written by hand.
 
 Pfeiffer et al., MAD-X, EMNLP 2020; Hu et al., LoRA, ICLR 2022. Equations, parameter names and files are those
 of AdapterHub's library (adapters 1.3), so its adapters load here and ours load there.
@@ -16,7 +16,8 @@ In a layer, x is the attention sublayer's output and h the feed-forward sublayer
 
 with the layer's own LN throughout. DeBERTa-v2 and v3 work too, except for LoRA.
 
-Adapters, LoRAs and the head are float32 on a model in half precision, too. `model.save_pretrained` keeps the
+Adapters, LoRAs and the head are float32 on a model in half precision, too (but for a decoder that shares the
+embeddings' weights). `model.save_pretrained` keeps the
 base model and the head; `from_pretrained` gives back no adapter before `load_adapter`.
 """
 
@@ -75,7 +76,7 @@ class BottleneckAdapter(nn.Module):
         self.apply(_start_as_bert)
 
     @property
-    def adapter_norm_before(self) -> nn.LayerNorm:  # registered once: transformers saves no weights of two names
+    def adapter_norm_before(self) -> nn.LayerNorm:  # transformers saves no weights under two names
         return self.adapter_down[0]
 
     def forward(self, h: torch.Tensor, x: torch.Tensor, layer_norm: nn.Module) -> torch.Tensor:
@@ -191,7 +192,7 @@ class LoRAs(nn.ModuleDict):
         self.stack, self.handle = stack, linear.register_forward_hook(_add_loras)
 
 
-# Hooks find adapters through the module that calls them: in a replica of nn.DataParallel they are others.
+# Hooks find adapters through the module that calls them: a replica of nn.DataParallel has copies of its own.
 
 
 def _add_loras(linear: nn.Linear, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -204,9 +205,8 @@ def _add_loras(linear: nn.Linear, inputs: tuple, output: torch.Tensor) -> torch.
 def _link(model: nn.Module, *_) -> None:
     """Tell the modules with hooks which the model's invertible adapters are."""
     base = model.base_model
-    for module in (base.embeddings, _decoder(model)):
-        if module is not None:
-            module.link = (base.invertible_adapters, base.get_input_embeddings())  # in a tuple: no submodules
+    for module in filter(None, (base.embeddings, _decoder(model))):
+        module.link = (base.invertible_adapters, base.get_input_embeddings())  # in a tuple: no submodules
 
 
 def _after_embeddings(embeddings: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -215,7 +215,7 @@ def _after_embeddings(embeddings: nn.Module, inputs: tuple, output: torch.Tensor
 
 
 def _before_decoder(module: nn.Module, inputs: tuple, output: torch.Tensor | None = None) -> torch.Tensor:
-    """Of the decoder's input or, if the decoder is no module, of the output of the last one before it."""
+    """The inverse block, on the decoder's input or, if that is no module, on the output of the one before."""
     adapters, embeddings = module.link
     adapter, hidden = adapters.in_play(), inputs[0] if output is None else output
     return (adapter.inverse(hidden) if adapter else hidden).to(embeddings.weight.dtype)  # tied to them
@@ -229,7 +229,7 @@ def _decoder(model: nn.Module) -> nn.Module | None:
 
 
 def _cast_inputs(module: nn.Module, inputs: tuple) -> tuple:
-    dtype = next(module.parameters(recurse=False)).dtype
+    dtype = getattr(module, "weight", getattr(module, "bias", None)).dtype
     return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
@@ -256,8 +256,7 @@ def add_task_adapters(model: nn.Module, reduction_factor: float = 16, name: str 
 
     Returns the blocks, bottom layer first. The first adapter of any kind freezes the base model; the head
     keeps its `requires_grad`, and the new blocks have it set.
-    The blocks are float32 (float64 in such a model) whatever the model is kept in, and so is, from then on,
-    its head. Adapters join the base model's modules: `model.save_pretrained` works, but `from_pretrained`
+    On a model in half precision the blocks are float32, and the head from then on. Adapters join the base model's modules: `model.save_pretrained` works, but `from_pretrained`
     then loads the plain model, and `load_adapter` an adapter that `save_adapter` wrote.
     Raises ValueError for a model type outside MODEL_TYPES, a model inside another (nn.DataParallel), a name
     in use, or an impossible reduction factor.
@@ -345,7 +344,9 @@ def remove_adapters(model: nn.Module) -> None:
     """Take out all that this file put in: the model has its own modules and `requires_grad` again."""
     record, base = _record(model), model.base_model
     for parameter in record.widened:
-        parameter.data = parameter.data.to(base.get_input_embeddings().weight.dtype)
+        parameter.data, parameter.grad = parameter.data.to(base.get_input_embeddings().weight.dtype), None
+    for module in filter(None, (base.embeddings, _decoder(model))):
+        del module.link
     for module in list(base.modules()):
         if isinstance(getattr(module, "loras", None), LoRAs):
             module.loras.handle.remove()
@@ -400,7 +401,7 @@ def _install(model: nn.Module, name: str, config: dict, modules: dict[str, nn.Mo
             beside = base.get_submodule(place.removesuffix(".adapters")).dense
         else:
             beside = base.get_input_embeddings()
-        dtype = torch.float64 if beside.weight.dtype is torch.float64 else torch.float32
+        dtype = torch.promote_types(beside.weight.dtype, torch.float32)
         module.to(beside.weight.device, dtype).train(beside.training)
         base.get_submodule(place)[name] = module.requires_grad_(not language)
     record.configs[name] = config
@@ -448,12 +449,14 @@ def _widen_head(model: nn.Module, record: InvertibleAdapters) -> None:
 
 def _base(model: nn.Module) -> nn.Module:
     """The encoder below the head, if there is one that adapters fit into."""
-    if not hasattr(model, "base_model") or not hasattr(model, "config"):
+    if not hasattr(model, "config") or not hasattr(model, "base_model"):
         raise ValueError(f"{type(model).__name__} is no model of transformers: give the model itself (the "
                          "`.module` of one in nn.DataParallel)")
-    if model.config.model_type not in MODEL_TYPES or not hasattr(model.base_model, "encoder"):
+    if model.config.model_type not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
         raise ValueError(f"no adapters for model type {model.config.model_type!r}, only for {known}")
+    if not hasattr(model.base_model, "encoder"):
+        raise ValueError(f"{type(model).__name__} hides its encoder: give the model that it wraps")
     return model.base_model
 
 
@@ -509,7 +512,7 @@ def save_head(model: nn.Module, folder: str | Path) -> None:
 
 
 def _file_weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A module's weights by AdapterHub's names, whose files hold the LayerNorm before an adapter under two."""
+    """A module's weights by AdapterHub's names: the LayerNorm before an adapter has two in its files."""
     weights = module.state_dict()
     if isinstance(module, BottleneckAdapter) and module.config["ln_before"]:
         for key in ("weight", "bias"):
@@ -606,8 +609,8 @@ def _load(model: nn.Module, source: str | Path, name: str | None, language: bool
         if kind == type(model).__name__:
             head = _read_head(model, head_folder)
     if not language and head is None and _head(model):
-        warnings.warn(f"{source}: the model keeps its own head, since " + (
-            f"this one is of a {kind}" if kind else "there is none beside the adapter"), stacklevel=3)
+        reason = f"the one beside the adapter is of a {kind}" if kind else "there is none beside the adapter"
+        warnings.warn(f"{source}: the model keeps its own head, since {reason}", stacklevel=3)
     for path, module in modules.items():
         module.load_state_dict({key: weights[f"{path}.{key}"] for key in module.state_dict()}, assign=True)
     _install(model, name, config, modules, language)
@@ -767,7 +770,7 @@ def _read_head(model: nn.Module, folder: Path) -> tuple[list[tuple[nn.Parameter,
         order = ", ".join(name for _, name in sorted(names.items()))
         raise ValueError(f"{folder} has the labels {order}, the model has them in another order: give the "
                          "model this id2label")
-    is_named = any(name != f"LABEL_{number}" for number, name in names.items())
+    is_named = names.keys() == own.keys() and any(name != f"LABEL_{i}" for i, name in names.items())
     return [(parameter, weights[key]) for key, parameter in mine.items()], names if is_named else {}
 
 

@@ -159,17 +159,16 @@ def _shapes_of_an_example(calls: dict, size: int) -> set[tuple]:
 
 
 def _is_lora(module: nn.Module) -> bool:
-    weights = [module._parameters.get(name) for name in ("lora_A", "lora_B")]
-    return hasattr(module, "scaling") and all(weight is not None and weight.dim() == 2 for weight in weights)
+    return module._parameters.keys() == {"lora_A", "lora_B"} and hasattr(module, "scaling")
 
 
 def _without_formula(owners: dict[nn.Module, dict[str, nn.Parameter]]) -> set[nn.Parameter]:
     """The parameters that `_factors` has no formula for, or that two kinds of modules share."""
     kinds: dict[nn.Parameter, set] = {}
     for module, own in owners.items():
-        kind, known = type(module), {"weight", "bias"}
+        kind = type(module)
         if _is_lora(module):
-            kind, known = "LoRA", {"lora_A", "lora_B"}
+            kind = "LoRA"
         elif kind not in (nn.Linear, nn.LayerNorm, nn.Embedding) or "forward" in vars(module):
             kind = None
         elif kind is nn.LayerNorm and len(module.normalized_shape) > 1:
@@ -177,7 +176,8 @@ def _without_formula(owners: dict[nn.Module, dict[str, nn.Parameter]]) -> set[nn
         elif kind is nn.Embedding and (module.max_norm or module.scale_grad_by_freq):
             kind = None
         for name, parameter in own.items():  # weight_g and weight_orig are of weight norm and of pruning
-            kinds.setdefault(parameter, set()).add(kind if name in known else None)
+            is_known = name in ("weight", "bias", "lora_A", "lora_B")
+            kinds.setdefault(parameter, set()).add(kind if is_known else None)
     return {parameter for parameter, of in kinds.items() if None in of or len(of) > 1}
 
 
@@ -274,7 +274,8 @@ def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dic
         if len(inputs_of) == len(recorded) == len(lone_calls[module]) and all(
                 lone.dim() and x.shape == (size * len(lone), *lone.shape[1:]) for x, lone in inputs_of):
             pairs += [(x[: len(lone)], lone.detach()) for x, lone in inputs_of]
-            pairs += _lora_gradients(module, lone_calls[module][0][0].detach()) if _is_lora(module) else []
+            if _is_lora(module):
+                pairs += _lora_gradients(module, inputs_of[0][1].detach())
             modules += [module] * (len(pairs) - len(modules))
         else:
             unfit.update(owners[module].values())
@@ -295,13 +296,15 @@ def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dic
 
 def _lora_gradients(module: nn.Module, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For each parameter, its gradient by our formula and by autograd: not all that has lora_A is s B A x."""
-    y, sizes = module.forward(x), (module.lora_A.shape[1], module.lora_B.shape[0])
-    if not x.is_floating_point() or (x.shape[-1], y.shape[-1]) != sizes:
-        return [(torch.zeros(()), torch.ones(()))]
-    names, parameters = zip(*module.named_parameters(recurse=False))
-    ones = torch.ones_like(y)
-    found = torch.autograd.grad(y, parameters, ones, materialize_grads=True)
-    factors = [_factors(module, name, _by_example(x, 1), _by_example(ones, 1)) for name in names]
+    A, B = module.lora_A, module.lora_B
+    y = module.forward(x)
+    if not x.is_floating_point() or (*x.shape[-1:], *y.shape[-1:]) != (*A.shape[1:], *B.shape[:1]):
+        return [(torch.zeros_like(A), torch.ones_like(A))]  # something else altogether
+    own = {name: weight for name, weight in module._parameters.items() if weight.requires_grad}
+    found, ones = [0 * weight for weight in own.values()], torch.ones_like(y)
+    if own and y.requires_grad:
+        found = torch.autograd.grad(y, list(own.values()), ones, materialize_grads=True)
+    factors = [_factors(module, name, _by_example(x, 1), _by_example(ones, 1)) for name in own]
     return [(g[0].T @ x[0], gradient) for (x, g), gradient in zip(factors, found)]
 
 
@@ -322,17 +325,14 @@ def _tolerance(model: nn.Module) -> float:
 
 
 def _log_probabilities(model: nn.Module, batch: dict, output) -> list[torch.Tensor]:
-    name, logits = type(model).__name__, output
-    if not isinstance(output, torch.Tensor):
-        logits = getattr(output, "logits", None)
+    name = type(model).__name__
     if type(output) is tuple:
         raise ValueError(f"{name} returned a tuple: set `model.config.return_dict = True`")
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     if problem not in (None, "single_label_classification"):
         raise ValueError(f"{name} is made for {problem}: its logits are not those of one label among classes")
+    logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
     if logits is not None:
-        if logits.ndim == 2 and logits.shape[1] < 2:
-            raise ValueError("logits have one column, and p(y|x) needs two classes or more")
         parts = [logits]
     elif getattr(output, "start_logits", None) is not None:
         hidden = batch["attention_mask"].flatten(1) == 0 if "attention_mask" in batch else torch.tensor(False)
@@ -341,8 +341,8 @@ def _log_probabilities(model: nn.Module, batch: dict, output) -> list[torch.Tens
     else:
         raise ValueError(f"{name} returned no `logits`, nor `start_logits`: it needs a head")
     for part in parts:
-        if part.ndim != 2:
-            raise ValueError(f"logits must be [B, C], not {list(part.shape)}")
+        if part.ndim != 2 or part.shape[1] < 2:
+            raise ValueError(f"logits must be [B, C] with two classes or more, not {list(part.shape)}")
         if not part.is_meta and not part.max(-1).values.isfinite().all():
             raise ValueError("the model's logits are not finite: the Fisher information is undefined")
     return [part.to(torch.promote_types(part.dtype, torch.float32)).log_softmax(-1) for part in parts]

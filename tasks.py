@@ -20,11 +20,11 @@ import math
 import re
 import shutil
 import string
-import threading
 import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -55,29 +55,21 @@ class UserError(Exception):
 
 def reach_hub(settings) -> None:
     """Use the hub's cache alone if the hub does not answer: its client would retry for minutes."""
-    is_local = settings.data is not None and Path(settings.model).is_dir()
-    answers: list[bool] = []
-
-    def ask() -> None:
-        with contextlib.suppress(Exception):  # the client raises its HTTP library's errors
-            answers.append(get_session().head(constants.ENDPOINT, timeout=seconds).status_code < 500)
-
-    if not is_local:
-        seconds = get_session().timeout = constants.HF_HUB_ETAG_TIMEOUT  # some calls of it have no limit
-        asking = threading.Thread(target=ask, daemon=True)  # a search for its address knows no limit of time
-        asking.start()
-        asking.join(1.2 * seconds)
-        constants.HF_HUB_OFFLINE = answers != [True]
+    constants.HF_HUB_OFFLINE = HF_HUB_OFFLINE
+    if HF_HUB_OFFLINE or settings.data is not None and Path(settings.model).is_dir():
+        return
+    seconds = get_session().timeout = constants.HF_HUB_ETAG_TIMEOUT  # some calls of it have no limit
+    try:  # in a thread: a search for the hub's address knows no limit of time
+        answer = ThreadPoolExecutor(1).submit(get_session().head, constants.ENDPOINT, timeout=seconds)
+        constants.HF_HUB_OFFLINE = answer.result(1.2 * seconds).status_code >= 500
+    except Exception:  # the client raises its HTTP library's errors
+        constants.HF_HUB_OFFLINE = True
+    if constants.HF_HUB_OFFLINE:
+        print(f"note: {constants.ENDPOINT} does not answer; what it gave before is read from the local cache")
 
 
 def load_data(settings) -> tuple[dict[str, list[dict]], list]:
-    """The rows by split (train, validation, then the test languages, English first), and the labels."""
-    rows, labels = load_rows(settings)
-    return sampled(rows, settings), labels
-
-
-def load_rows(settings) -> tuple[dict[str, list[dict]], list]:
-    """All of them; `sampled` takes what --train-examples and --test-examples ask for."""
+    """All rows by split (train, validation, then the test languages, English first), and the labels."""
     if settings.task == "mlm":
         return read_text(Path(settings.data)), []
     task, languages = TASKS[settings.task], test_languages(settings)
@@ -90,8 +82,8 @@ def load_rows(settings) -> tuple[dict[str, list[dict]], list]:
     if "label" in columns:
         found = {row["label"] for row in splits["train"]}
         if len(found) < 2:
-            raise UserError(f"{next(iter(train))} and all other rows have one label, {found.pop()!r}: there must "
-                            "be two")
+            raise UserError(f"{next(iter(train))} and all other rows have one label, {found.pop()!r}: there is "
+                            "nothing to learn")
         if "label" not in values:  # integers by value, strings by alphabet
             values["label"] = sorted(found, key=lambda label: (isinstance(label, str), label))
             note_twins(values["label"])
@@ -102,20 +94,17 @@ def load_rows(settings) -> tuple[dict[str, list[dict]], list]:
 
 
 def sampled(rows: dict[str, list[dict]], settings) -> dict[str, list[dict]]:
-    """Every run tests on the same examples; what it trains on depends on the seed."""
+    """What --train-examples and --test-examples leave: to train on by seed, to test on the same for all."""
     splits = {name: sample(of_split, settings.test_examples, seed=0) for name, of_split in rows.items()}
     train = sample(rows["train"], settings.train_examples, settings.seed, stratified=True)
     return splits | {"train": train, "validation": rows["validation"]}
 
 
 def note_twins(labels: list) -> None:
-    spelled: dict[str, list] = {}
-    for label in labels:
-        spelled.setdefault(" ".join(str(label).casefold().split()), []).append(label)
-    for twins in spelled.values():
-        if len(twins) > 1:
-            print(f"note: the labels {' and '.join(map(repr, twins))} differ in type, case or white space "
-                  "alone, and count as different ones")
+    folded = [" ".join(str(label).casefold().split()) for label in labels]
+    twins = [label for label, key in zip(labels, folded) if folded.count(key) > 1]
+    if twins:
+        print(f"note: labels that differ in type, case or white space alone count as different ones: {twins}")
 
 
 def test_languages(settings) -> list[str]:
@@ -174,22 +163,26 @@ def read_file(folder: Path, name: str) -> dict[str, dict]:
         raise UserError(f"missing data file {folder / name}.jsonl: --data must hold {WANTED}")
     if len(paths) > 1:
         raise UserError(f"{paths[0]} and {paths[1].name}: only one of them can be meant; move the other away")
-    text = read_utf8(paths[0])
-    rows = read_lines(paths[0], text) if paths[0].suffix == ".jsonl" else read_table(paths[0], text)
+    rows = (read_lines if paths[0].suffix == ".jsonl" else read_table)(paths[0])
     if not rows:
         raise UserError(f"{paths[0]} is empty: it needs a row an example")
     return rows
 
 
-def read_utf8(path: Path) -> str:
-    """The text of a file without a byte-order mark; of what is not UTF-8, half a surrogate for each byte."""
+def read_utf8(path: Path, errors: str = "strict") -> str:
+    """The text of a file, without a byte-order mark."""
     content = path.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:1000]:
         raise UserError(f"{path} is not text in UTF-8 but, it seems, in UTF-16: save it as UTF-8")
-    return content.decode("utf-8-sig", errors="surrogateescape")
+    try:
+        return content.decode("utf-8-sig", errors)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8: save it as UTF-8") from None
 
 
-def read_lines(path: Path, text: str) -> dict[str, dict]:
+def read_lines(path: Path) -> dict[str, dict]:
+    """A JSON object a line; None for a line that is none."""
+    text = read_utf8(path, errors="surrogateescape")
     if text.lstrip()[:1] == "[":
         raise UserError(f"{path} is a JSON array: write one JSON object a line (jq -c '.[]' does)")
     rows = {}
@@ -206,28 +199,30 @@ def read_lines(path: Path, text: str) -> dict[str, dict]:
     return rows
 
 
-def read_table(path: Path, text: str) -> dict[str, dict]:
+QUOTES = "a field with quotation marks must stand in quotes, with its own doubled"
+
+
+def read_table(path: Path) -> dict[str, dict]:
     """CSV or TSV by Python's csv: quoted fields may hold line breaks. A label of digits is an integer."""
     csv.field_size_limit(2**31 - 1)
-    delimiter, rows = "\t" if path.suffix == ".tsv" else ",", {}
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows, delimiter = {}, "\t" if path.suffix == ".tsv" else ","
+    reader = csv.reader(io.StringIO(read_utf8(path), newline=""), delimiter=delimiter, strict=True)
+    lines = filter(None, reader)  # no blank ones
     try:
-        text.encode()
         header = next(lines, [])
-        for cells in filter(None, lines):  # but blank lines
-            place = f"{path}:{lines.line_num}"
+        for cells in lines:
+            place = f"{path}:{reader.line_num}"
             if len(cells) != len({*header}):
                 raise UserError(f"{place}: {len(cells)} fields, and {len({*header})} names in the header")
-            row = rows[place] = dict(zip(header, cells))
-            if re.fullmatch(r"0|-?[1-9]\d{0,17}", row.get("label", "")):
+            if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+                raise UserError(f"{place}: a quotation mark opens a field of several rows; {QUOTES}")
+            row = rows[place] = dict(zip(header, (cell or None for cell in cells)))
+            if re.fullmatch(r"0|-?[1-9]\d{0,17}", row.get("label") or ""):
                 row["label"] = int(row["label"])
-            with contextlib.suppress(KeyError, ValueError):  # what is no JSON, check_answers names
+            with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):  # named later
                 row["answers"] = json.loads(row["answers"])
-    except UnicodeEncodeError:
-        raise UserError(f"{path} is not text in UTF-8: save it as UTF-8") from None
     except csv.Error as error:
-        raise UserError(f"{path}:{lines.line_num}: {error}; a field with quotes must be in quotes, with its own "
-                        "doubled") from None
+        raise UserError(f"{path}:{reader.line_num}: {error}; {QUOTES}") from None
     return rows
 
 
@@ -241,23 +236,19 @@ def read_hub(place: str) -> dict[str, dict]:
     Downloads are kept in the hub's cache, so HF_HUB_OFFLINE=1 works after the first time.
     """
     import datasets
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
     owner, name, config, split = place.split("/")
-    wanted, unreachable_by = {"repo_type": "dataset", "revision": "refs/convert/parquet"}, None
-    try:  # with a limit of time, which snapshot_download does not have
-        HfApi().repo_info(f"{owner}/{name}", timeout=constants.HF_HUB_ETAG_TIMEOUT, **wanted)
-    except Exception as error:  # the client raises OSError, ValueError and its HTTP library's errors alike
-        unreachable_by = error
     try:
         folder = snapshot_download(f"{owner}/{name}", allow_patterns=f"{config}/{split}/*.parquet",
-                                   local_files_only=unreachable_by is not None, **wanted)
-    except Exception as error:
+                                   repo_type="dataset", revision="refs/convert/parquet")
+    except Exception as error:  # the client raises OSError, ValueError and its HTTP library's errors alike
         raise UserError(f"data {place} is not in the local cache and the hub does not give it "
-                        f"({type(unreachable_by or error).__name__}): {WITHOUT_HUB}") from None
+                        f"({type(error).__name__}): {WITHOUT_HUB}") from None
     files = sorted(Path(folder, config, split).glob("*.parquet"))
     if not files:
-        raise UserError(f"the hub has no parquet files for {place}: name a folder with --data")
+        source = "local cache" if constants.HF_HUB_OFFLINE else "hub"
+        raise UserError(f"the {source} has no parquet files for {place}: name a folder with --data")
     rows = {}
     for file in files:
         try:  # streamed, so that no second copy of the data is cached
@@ -326,10 +317,6 @@ def read_text(path: Path) -> dict[str, list[dict]]:
     if not path.is_file():
         raise UserError(f"missing text file {path}: --data takes a plain text file for mlm")
     text = read_utf8(path)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{path} is not text in UTF-8: --data takes a plain text file for mlm") from None
     lines = [line for line in text.splitlines() if line.strip()]
     if len(lines) < 20:
         lines = [piece for line in lines for piece in re.findall(r"\S.{0,999}(?!\S)|\S.{0,999}", line)]
@@ -692,7 +679,7 @@ def load_model(settings, labels: list):
     except Exception as error:  # whatever damaged or hostile files provoke
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = "--model takes a folder with config.json, model.safetensors and a tokenizer, or a hub name"
-        if not folder.is_dir() and constants.HF_HUB_OFFLINE:
+        if isinstance(error, OSError) and constants.HF_HUB_OFFLINE and not folder.is_dir():
             reason, remedy = "not in the local cache, and the hub is not reached", WITHOUT_HUB
         raise UserError(f"cannot load model {settings.model!r} ({reason}): {remedy}") from None
     embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
@@ -705,7 +692,7 @@ def load_model(settings, labels: list):
 
 
 def set_labels(config, head: type, names: list[str]) -> bool:
-    """Give the head its outputs; whether one of a checkpoint could have been trained for the same."""
+    """Give the head its outputs; returns whether a checkpoint's own head can be for the same labels."""
     before = config.id2label, config.problem_type
     if head is AutoModelForQuestionAnswering:
         config.num_labels = 2  # start and end, whatever the model was trained for before
@@ -726,11 +713,12 @@ def check_weights(settings, model: nn.Module, loaded: dict, is_as_before: bool) 
     if lost := sorted(of_encoder - poolers):  # they would be random
         raise ValueError(f"its weights lack {lost[0]} and {len(lost) - 1} more")
     if poolers:
-        print(f"note: {settings.model} has no pooler; a new one starts at random")
+        print(f"note: {settings.model} has no pooler: a random one takes its place"
+              + ", frozen" * (settings.method != "full"))
     head = {name: parameter for name, parameter in model.named_parameters() if not name.startswith(encoder)}
     if head.keys() <= set(loaded["missing_keys"]) or TASKS[settings.task].head is AutoModelForMaskedLM:
         return
-    if is_as_before and not sizes:
+    if is_as_before and lacking.isdisjoint(head):
         print(f"note: {settings.model} has a head of its own, which training starts from")
         return
     print(f"note: {settings.model} has a head for other labels; a new one is trained")

@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 from adapters import load_tensors, save_tensors, set_language, write_atomically
 from fisher import LABELS, fisher_trace
-from tasks import (TASKS, UserError, is_papers_setting, load_language_adapters, load_model, load_rows,
+from tasks import (TASKS, UserError, is_papers_setting, load_data, load_language_adapters, load_model,
                    paper_figure, predict, reach_hub, resolve, sampled, save_weights, tokens_of, unreachable)
 
 
@@ -106,15 +106,11 @@ class Unfreezer:
             raise ValueError(f"order must hold each of the blocks 0..{len(blocks) - 1} once, not {order!r}")
         if not blocks and method != "none":
             raise ValueError("no blocks: the schedule needs one module or more that it can open")
-        owners: dict[nn.Parameter, int] = {}
-        for index, block in enumerate(blocks):
-            parameters = set(block.parameters())
-            if not parameters:
-                raise ValueError(f"block {index} has no parameters: opening it would train nothing")
-            if shared := parameters & owners.keys():
-                raise ValueError(f"blocks {owners[shared.pop()]} and {index} share a parameter: they would "
-                                 "open together")
-            owners |= dict.fromkeys(parameters, index)
+        owned = [set(block.parameters()) for block in blocks]
+        if not all(owned):
+            raise ValueError(f"block {owned.index(set())} has no parameters: opening it would train nothing")
+        if len(set().union(*owned)) < sum(map(len, owned)):
+            raise ValueError("two blocks share a parameter: they would open together")
         self.blocks, self.method, self.k, self.score, self.order = list(blocks), method, k, score, order
         self.generator = torch.Generator().manual_seed(seed)
         self.history: list[tuple[int, int]] = []  # (step, block) in the order of opening
@@ -168,9 +164,10 @@ class Unfreezer:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def option(default, text: str, least: int | None = None, **keywords):
-    kind = {} if least is None else {"type": partial(at_least, least)}
-    return field(default=default, metadata={"help": text} | kind | keywords)
+def option(default, text: str, **keywords):
+    if "least" in keywords:
+        keywords["type"] = partial(at_least, keywords.pop("least"))
+    return field(default=default, metadata={"help": text} | keywords)
 
 
 def at_least(least: int, text: str) -> int:
@@ -188,34 +185,36 @@ class Settings:
     """The command line. None stands for the paper's preset, filled in by `tasks.resolve`."""
 
     task: str
-    method: str = option(None, "which blocks open when (default: gu)", choices=[*SELECT, "full"])
+    method: str = option(None, "which blocks open when (default: gu); several in quotes: a run of each",
+                         choices=[*SELECT, "full"])
     order: str | None = option(None, "for --method order: all blocks, first opened first", metavar="11,10,…")
-    k: int | None = option(None, "steps between two openings", 1)
+    k: int | None = option(None, "steps between two openings", least=1)
     adapter: str = option("pfeiffer", "what is trained in each layer", choices=["pfeiffer", "lora"])
-    model: str = option("FacebookAI/xlm-roberta-base", "a folder or a hub name (XLM-R, RoBERTa, BERT)")
+    model: str = option("FacebookAI/xlm-roberta-base", "a folder or a hub name: XLM-R, RoBERTa, BERT, "
+                        "DeBERTa-v2/v3; with --method full any encoder")
     language_adapters: str = option("auto", "stacked below the task's: the hub's for a hub model, none, or "
                                     "those in FOLDER/<language>", metavar="auto|none|FOLDER")
-    data: str | None = option(None, "folder with train.en.jsonl, validation.en.jsonl, test.<language>.jsonl "
-                              "(default: the hub); for mlm a text file in UTF-8")
+    data: str | None = option(None, "folder with train.en.jsonl, validation.en.jsonl, test.<language>.jsonl, "
+                              "or .csv or .tsv (default: the hub); for mlm a text file in UTF-8")
     languages: str | None = option(None, "tested beside English (default: the paper's)", metavar="de,sw,…")
     language: str | None = option(None, "for mlm: the language's code, and the adapter's name")
-    epochs: int | None = option(None, "passes over the training data", 1)
-    steps: int | None = option(None, "training steps, instead of --epochs; 0 tests untrained", 0)
+    epochs: int | None = option(None, "passes over the training data", least=1)
+    steps: int | None = option(None, "training steps, instead of --epochs; 0 tests untrained", least=0)
     lr: float | None = option(None, "learning rate at the start", type=float)
     decay: str | None = option(None, "of the learning rate", choices=["linear", "constant"])
-    batch_size: int | None = option(None, "training examples per step", 1)
-    max_length: int | None = option(None, "tokens per sequence; texts are cut, contexts split", 16)
-    train_examples: int | None = option(None, "train on a random sample of this size", 1)
-    test_examples: int | None = option(None, "test on a fixed random sample of each language", 1)
-    seed: int = option(0, "of head, adapters, dropout, data order and Rand", 0)
-    fisher_every: int | None = option(None, "steps between two reports of tr(F); 0: each epoch", 0)
+    batch_size: int | None = option(None, "training examples per step", least=1)
+    max_length: int | None = option(None, "tokens per sequence; texts are cut, contexts split", least=16)
+    train_examples: int | None = option(None, "train on a random sample of this size", least=1)
+    test_examples: int | None = option(None, "test on a fixed random sample of each language", least=1)
+    seed: int = option(0, "of head, adapters, dropout, data order and Rand; several in quotes, too", least=0)
+    fisher_every: int | None = option(None, "steps between two reports of tr(F); 0: each epoch", least=0)
     fisher_labels: str = option("sampled", "labels of tr(F)", choices=list(LABELS))
-    fisher_batches: int = option(4, "training batches per measurement of tr(F)", 1)
+    fisher_batches: int = option(4, "training batches per measurement of tr(F)", least=1)
     device: str | None = option(None, "default: cuda when there is one", choices=["cpu", "cuda"])
     bf16: bool = option(False, "bfloat16 autocast", action="store_true")
     whole_batches: bool = option(False, "run each batch at once, padded to its longest example (default: in "
                                  "parts of similar length, whose gradients add up)", action="store_true")
-    save_every: int = option(500, "steps between two checkpoints", 1)
+    save_every: int = option(500, "steps between two checkpoints", least=1)
     out: str | None = option(None, "the run's folder (default: runs/TASK-MODEL-METHOD-SEED)")
     overwrite: bool = option(False, "start anew, and replace a finished run", action="store_true")
 
@@ -253,7 +252,7 @@ def train(settings: Settings) -> None:
     started = time.time()
     task, out = TASKS[settings.task], run_folder(settings)
     reach_hub(settings)
-    rows, labels = load_rows(settings)
+    rows, labels = load_data(settings)
     splits = sampled(rows, settings)
     device = seeded_device(settings)
     tokenizer, model, blocks = load_model(settings, labels)
@@ -311,7 +310,8 @@ def train(settings: Settings) -> None:
         unfreezer = Unfreezer(blocks, method, settings.k, trace, given, settings.seed)
     except ValueError as error:
         raise UserError(f"--order {settings.order}: {error}") from None
-    data, log_file = fingerprint(rows), claim(out)
+    log_file = claim(out)
+    data = fingerprint(rows)
     identity = identity_of(dataclasses.asdict(settings), data)
     if is_finished(out, identity):
         print(f"{out} is finished and kept (--overwrite redoes it)")
@@ -441,16 +441,16 @@ def check_padding(task, model: nn.Module, examples: list[dict], collate: Callabl
     name, length = model.config.model_type, len(short["input_ids"])
     try:
         alone, padded = (task.forward(model.eval(), collate(rows))[0] for rows in ([short], [short, long]))
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever a model is that none of us has met
-        raise UserError(f"--model: a {name} does not run here ({type(error).__name__}: "
-                        f"{str(error).strip().splitlines()[0]}); choose another kind of model") from None
+    except Exception as error:  # an unknown model may raise anything
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--model: a {name} does not run here ({reason}); choose another kind") from None
     if padded.shape != alone.shape:  # a logit for each token
         padded = padded[..., :length]
     if not torch.allclose(padded, alone, rtol=1e-3, atol=1e-3 * alone.abs().max().item()):
-        raise UserError(f"--model: in a {name}, padding changes what a text gives, so its batch would count; "
-                        "choose another kind of model")
+        raise UserError(f"--model: in a {name}, padding changes the output: results would depend on the batch; "
+                        "choose another kind")
 
 
 def copied(learned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -529,8 +529,8 @@ def identity_of(settings: dict, data: str | None) -> dict:
         "data of fingerprint": data}
 
 
-def difference(then: dict, now: dict) -> str | None:
-    """What first tells two identities apart, if anything that changes results does."""
+def first_difference(then: dict, now: dict) -> str | None:
+    """The first setting of two runs, data included, that lets their results differ, if there is one."""
     without_effect = ("--out", "--overwrite", "--save-every", "--device", "--data")
     for name, value in now.items():
         if then.get(name) != value and name not in without_effect:
@@ -544,7 +544,7 @@ def is_finished(out: Path, identity: dict) -> bool:
         return False
     try:
         results = json.loads(path.read_bytes())
-        other = difference(identity_of(results["settings"], results.get("data")), identity)
+        other = first_difference(identity_of(results["settings"], results.get("data")), identity)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: pass --overwrite to start anew") from None
     if other:
@@ -574,7 +574,7 @@ def restore(out: Path, identity: dict, learned: dict, optimizer, unfreezer: Unfr
     size = sum(parameter.numel() * parameter.element_size() for parameter in learned.values())
     try:
         saved = load_tensors(path, 5 * size + 2**24, device)  # weights, best weights, AdamW's two moments
-        if other := difference(saved["identity"], identity):
+        if other := first_difference(saved["identity"], identity):
             raise UserError(f"{path} is of a run with {other}: give the same options and data, or pass "
                             "--overwrite to start anew")
         state = saved["state"]
@@ -589,9 +589,11 @@ def restore(out: Path, identity: dict, learned: dict, optimizer, unfreezer: Unfr
         torch.set_rng_state(saved["rng"]["cpu"].cpu())
         if device.type == "cuda":
             torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
-    except (UserError, MemoryError, torch.OutOfMemoryError):
+    except UserError:
         raise
     except Exception as error:  # whatever a damaged file provokes
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path} ({type(error).__name__}) or log.jsonl is damaged: pass --overwrite to start "
                         "anew") from None
     os.truncate(log, saved["log_bytes"])  # what was logged after the checkpoint is done again
@@ -733,23 +735,24 @@ def report(arguments: list[str]) -> None:
     groups = comparable(runs)
     if given.plot:
         plot(groups, given.plot)
-    for title, methods in groups.items():
-        print(f"\n{title}\n")
-        rows = table(methods)
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        rows.insert(1, ["-" * width for width in widths])
-        for row in rows:
-            print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-        for method, runs in methods.items():
-            for run in runs if len({opening_order(run) for run in runs}) > 1 else []:
-                print(f"\n{method}, seed {run['seed']}, opened {opening_order(run)}", end="")
-        print()
+    with contextlib.suppress(BrokenPipeError):  # `| head` has read enough
+        for title, methods in groups.items():
+            print(f"\n{title}\n")
+            rows = table(methods)
+            widths = [max(map(len, column)) for column in zip(*rows)]
+            rows.insert(1, ["-" * width for width in widths])
+            for row in rows:
+                print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+            for method, runs in methods.items():
+                for run in runs if len({opening_order(run) for run in runs}) > 1 else []:
+                    print(f"\n{method}, seed {run['seed']}, opened {opening_order(run)}", end="")
+            print(flush=True)
 
 
 # What runs of one table may differ in: what follows from the method, and what changes no result or is told
 # apart otherwise.
 BY_METHOD = ("lr", "k", "epochs", "steps", "decay", "order", "fisher_batches")
-WITHOUT_EFFECT = ("task", "method", "adapter", "model", "language_adapters", "data", "languages", "language",
+TOLD_APART = ("task", "method", "adapter", "model", "language_adapters", "data", "languages", "language",
                   "train_examples", "seed", "fisher_every", "fisher_labels", "device", "save_every", "out",
                   "overwrite")
 
@@ -760,7 +763,8 @@ def comparable(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
 
     def shared(run: dict) -> tuple:
         facts = run["task"], run["model"], run.get("train_examples"), run.get("data")
-        own = [entry for entry in run["settings"].items() if entry[0] not in (*BY_METHOD, *WITHOUT_EFFECT)]
+        own = [f"{name} {value}" for name, value in run["settings"].items()
+               if name not in (*BY_METHOD, *TOLD_APART)]
         return *facts, *sorted(run["scores"]), *own
 
     def adapters(run: dict) -> tuple[str, str]:
@@ -779,14 +783,14 @@ def comparable(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
     groups: dict[str, dict[str, list[dict]]] = {}
     for (*_, (adapter, source)), runs in tables.items():
         run, examples = runs[0], runs[0].get("train_examples")
-        same = {name: value for name, value in run["settings"].items() if value and name not in WITHOUT_EFFECT
+        same = {name: value for name, value in run["settings"].items() if value and name not in TOLD_APART
                 and all(other["settings"][name] == value for other in runs)}
         parts = [run["task"], run["model"], adapter, f"{examples} training examples" if examples else "",
                  f"{len(run['scores'])} languages", f"above language adapters ({source})" if source else "",
                  *(f"{name.replace('_', ' ')} {value}" for name, value in same.items())]
         title = ", ".join(filter(None, parts))
         while title in groups:
-            title += ", other data"
+            title += ", other data or languages"
         groups[title] = columns(runs)
     return groups
 
@@ -867,9 +871,9 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
             f"{mean(average(run, metric) for run in runs) - float(figure.split('±')[0]):+.1f}"
 
     for name in BY_METHOD:
-        values = {label: str(runs[0]["settings"][name]) for label, runs in methods.items()}
-        if len({*values.values()}) > 1 and name != "order":
-            rows.append([name.replace("_", " "), *values.values()])
+        values = [str(runs[0]["settings"][name]) for runs in methods.values()]
+        if len({*values}) > 1 and name != "order":
+            rows.append([name.replace("_", " "), *values])
     for metric in metrics:
         of = "" if metric == metrics[0] else f", {metric}"
         add(f"English, {metric}", lambda runs: spread([run["scores"]["en"][metric] for run in runs]))
@@ -1071,18 +1075,17 @@ def parse(arguments: list[str]) -> Settings:
 
 
 def runs_of(arguments: list[str]) -> list[Settings]:
-    """The run, or one for every pair where --method or --seed names several ("gu fun", "0 1 2 3")."""
+    """One run or, where --method or --seed names several ("gu fun", "0 1 2 3"), one for each pair."""
     several = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     several.error = refuse
-    several.add_argument("--method", default="")
-    several.add_argument("--seed", default="")
+    several.add_argument("--method", type=str.split, default=[])
+    several.add_argument("--seed", type=str.split, default=[])
     given, others = several.parse_known_args(arguments)
-    if len(given.method.split()) < 2 and len(given.seed.split()) < 2:
-        return [parse(arguments)]
-    runs = [parse([*others, *(["--method", method] if method else []), *(["--seed", seed] if seed else [])])
-            for seed in given.seed.split() or [""] for method in given.method.split() or [""]]
-    if runs[0].out:
-        raise UserError("a comparison has folders of its own; --out is for a single run")
+    pairs = itertools.product([["--seed", seed] for seed in given.seed] or [[]],
+                              [["--method", method] for method in given.method] or [[]])
+    runs = [parse([*others, *method, *seed]) for seed, method in pairs]
+    if len({*map(run_folder, runs)}) < len(runs):
+        raise UserError("a comparison has folders of its own: leave --out out, and name every run once")
     return runs
 
 
@@ -1104,6 +1107,11 @@ def keep_freed_memory() -> None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Also in the words of PyTorch's allocator on a CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def on_stop_signals(act: Callable) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, act)
@@ -1122,12 +1130,10 @@ def main(arguments: list[str]) -> int:
     on_stop_signals(stop_now)
     try:
         if arguments[:1] == ["report"]:
-            with contextlib.suppress(BrokenPipeError):  # `| head` has read enough
-                report(arguments[1:])
-                sys.stdout.flush()
+            report(arguments[1:])
         else:
             compare(runs_of(arguments))
-            sys.stdout.flush()
+        sys.stdout.flush()
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -1137,9 +1143,8 @@ def main(arguments: list[str]) -> int:
               "permissions and the space on its disk, or choose another --out", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            if "can't allocate memory" not in str(error):  # how the CPU's allocator puts it
-                raise
+        if not is_out_of_memory(error):
+            raise
         print("error: out of memory: lower --batch-size or --max-length (with --overwrite if the run has a "
               "checkpoint), or run where more is free", file=sys.stderr)
         return 2

@@ -175,12 +175,13 @@ def epoch(data: str, folder: str) -> None:
     sys.path.insert(0, str(ROOT))
     import unfreeze
     from fisher import fisher_trace
-    from tasks import TASKS, load_data, load_model, predict, tokens_of
+    from tasks import TASKS, load_data, load_model, predict, sampled, tokens_of
     unfreeze.keep_freed_memory()
     task, cpu = TASKS["xnli"], torch.device("cpu")
     settings = unfreeze.parse(["xnli", "--data", data, "--model", folder, "--test-examples", str(2 * BATCHES),
                                "--train-examples", str(BATCHES * ROWS), "--batch-size", str(ROWS)])
-    splits, labels = load_data(settings)
+    rows, labels = load_data(settings)
+    splits = sampled(rows, settings)
     tokenizer, model, blocks = load_model(settings, labels)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-5, weight_decay=0.0, fused=True)
@@ -315,10 +316,10 @@ def fisher() -> None:
     learned = [parameter for block in blocks for parameter in block.parameters()]
     print(f"sampled labels; 12 layers x 384, {ROWS} rows, {describe(model)}; times, and the trace's peak "
           "memory, over those of one forward and backward pass through the same blocks; largest relative "
-          "difference from the loop; FUN measures 4 batches, of which the first is checked for layers that do not "
-          "see examples apart\n"
-          "| tokens a row | trace | of one batch | diagonal | loop over examples | torch.func | pass | memory "
-          "| error |\n|---|---|---|---|---|---|---|---|---|")
+          "difference from the loop; the trace is of FUN's 4 batches, the first of which is checked for layers "
+          "that do not see examples apart\n"
+          "| tokens a row | trace | one batch | diagonal | loop over examples | torch.func | pass | memory | error |"
+          "\n|---|---|---|---|---|---|---|---|---|")
     for tokens in (16, 64, 128):
         batch = new_batch(model, tokens)
         with torch.no_grad():
@@ -356,8 +357,8 @@ def fisher() -> None:
         ratios, pass_ms = median_ratios(variants, base="pass", rounds=min(7, ROUNDS))
         memory = peak_memory(traced) / peak_memory(one_pass)
         print(f"| {tokens} | {ratios['trace'] / 4:.2f} | {ratios['one']:.2f} | {ratios['diagonal']:.2f} | "
-              f"{ratios['loop']:.2f} | {ratios['torch.func']:.2f} | {pass_ms:.0f} ms | {memory:.2f} | {error:.1e} |",
-              flush=True)
+              f"{ratios['loop']:.2f} | {ratios['torch.func']:.2f} | {pass_ms:.0f} ms | {memory:.2f} | "
+              f"{error:.1e} |", flush=True)
 
 
 def order() -> None:
