@@ -256,8 +256,9 @@ def add_task_adapters(model: nn.Module, reduction_factor: float = 16, name: str 
 
     Returns the blocks, bottom layer first. The first adapter of any kind freezes the base model; the head
     keeps its `requires_grad`, and the new blocks have it set.
-    On a model in half precision the blocks are float32, and the head from then on. Adapters join the base model's modules: `model.save_pretrained` works, but `from_pretrained`
-    then loads the plain model, and `load_adapter` an adapter that `save_adapter` wrote.
+    On a model in half precision the blocks are float32, and so is the head from then on. Adapters are among
+    the base model's modules: `model.save_pretrained` works, but `from_pretrained` then gives the plain model,
+    to which `load_adapter` adds what `save_adapter` wrote.
     Raises ValueError for a model type outside MODEL_TYPES, a model inside another (nn.DataParallel), a name
     in use, or an impossible reduction factor.
     """

@@ -82,8 +82,8 @@ def load_data(settings) -> tuple[dict[str, list[dict]], list]:
     if "label" in columns:
         found = {row["label"] for row in splits["train"]}
         if len(found) < 2:
-            raise UserError(f"{next(iter(train))} and all other rows have one label, {found.pop()!r}: there is "
-                            "nothing to learn")
+            raise UserError(f"{next(iter(train))} and all other rows have one label, {found.pop()!r}; give rows "
+                            "of another")
         if "label" not in values:  # integers by value, strings by alphabet
             values["label"] = sorted(found, key=lambda label: (isinstance(label, str), label))
             note_twins(values["label"])

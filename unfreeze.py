@@ -449,8 +449,8 @@ def check_padding(task, model: nn.Module, examples: list[dict], collate: Callabl
     if padded.shape != alone.shape:  # a logit for each token
         padded = padded[..., :length]
     if not torch.allclose(padded, alone, rtol=1e-3, atol=1e-3 * alone.abs().max().item()):
-        raise UserError(f"--model: in a {name}, padding changes the output: results would depend on the batch; "
-                        "choose another kind")
+        raise UserError(f"--model: in a {name}, padding changes the output, and so would the batch; choose "
+                        "another kind")
 
 
 def copied(learned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:

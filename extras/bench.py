@@ -316,10 +316,10 @@ def fisher() -> None:
     learned = [parameter for block in blocks for parameter in block.parameters()]
     print(f"sampled labels; 12 layers x 384, {ROWS} rows, {describe(model)}; times, and the trace's peak "
           "memory, over those of one forward and backward pass through the same blocks; largest relative "
-          "difference from the loop; the trace is of FUN's 4 batches, the first of which is checked for layers "
-          "that do not see examples apart\n"
-          "| tokens a row | trace | one batch | diagonal | loop over examples | torch.func | pass | memory | error |"
-          "\n|---|---|---|---|---|---|---|---|---|")
+          "difference from the loop; the trace is of FUN's 4 batches, the first of which is checked for "
+          "layers that do not see examples apart\n"
+          "| tokens a row | trace | one batch | diagonal | loop over examples | torch.func | pass | memory | "
+          "error |\n|---|---|---|---|---|---|---|---|---|")
     for tokens in (16, 64, 128):
         batch = new_batch(model, tokens)
         with torch.no_grad():
