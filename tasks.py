@@ -82,8 +82,8 @@ def load_data(settings) -> tuple[dict[str, list[dict]], list]:
     if "label" in columns:
         found = {row["label"] for row in splits["train"]}
         if len(found) < 2:
-            raise UserError(f"{next(iter(train))} and all other rows have one label, {found.pop()!r}; give rows "
-                            "of another")
+            place = next(iter(train))
+            raise UserError(f"{place} and all other rows have one label, {found.pop()!r}: add rows of another")
         if "label" not in values:  # integers by value, strings by alphabet
             values["label"] = sorted(found, key=lambda label: (isinstance(label, str), label))
             note_twins(values["label"])
@@ -102,8 +102,8 @@ def sampled(rows: dict[str, list[dict]], settings) -> dict[str, list[dict]]:
 
 def note_twins(labels: list) -> None:
     folded = [" ".join(str(label).casefold().split()) for label in labels]
-    twins = [label for label, key in zip(labels, folded) if folded.count(key) > 1]
-    if twins:
+    count = Counter(folded)
+    if twins := [label for label, key in zip(labels, folded) if count[key] > 1]:
         print(f"note: labels that differ in type, case or white space alone count as different ones: {twins}")
 
 

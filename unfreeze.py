@@ -767,9 +767,10 @@ def comparable(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
                if name not in (*BY_METHOD, *TOLD_APART)]
         return *facts, *sorted(run["scores"]), *own
 
-    def adapters(run: dict) -> tuple[str, str]:
-        is_stacked = any(run.get("language_adapters", {}).values())
-        return run["adapter"], str(run["settings"]["language_adapters"]) if is_stacked else ""
+    def adapters(run: dict) -> tuple[str, str, str]:
+        stacked = run.get("language_adapters", {})
+        source = str(run["settings"]["language_adapters"]) if any(stacked.values()) else ""
+        return run["adapter"], source, source and json.dumps(stacked, sort_keys=True)
 
     kinds: dict[tuple, set[tuple]] = {}
     for run in runs:
@@ -781,7 +782,7 @@ def comparable(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
         for kind in sorted(kinds.get(shared(run), own) if run["method"] == "full" else own):
             tables.setdefault((*shared(run), kind), []).append(run)
     groups: dict[str, dict[str, list[dict]]] = {}
-    for (*_, (adapter, source)), runs in tables.items():
+    for (*_, (adapter, source, _)), runs in tables.items():
         run, examples = runs[0], runs[0].get("train_examples")
         same = {name: value for name, value in run["settings"].items() if value and name not in TOLD_APART
                 and all(other["settings"][name] == value for other in runs)}
@@ -790,7 +791,7 @@ def comparable(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
                  *(f"{name.replace('_', ' ')} {value}" for name, value in same.items())]
         title = ", ".join(filter(None, parts))
         while title in groups:
-            title += ", other data or languages"
+            title += ", other data, languages or adapters"
         groups[title] = columns(runs)
     return groups
 
