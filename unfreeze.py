@@ -299,8 +299,9 @@ def train(settings: Settings) -> None:
             try:
                 with autocast():
                     measured = fisher_trace(model, batches, blocks, settings.fisher_labels, generator)
-            except ValueError as error:  # the logits are not finite
-                raise UserError(f"no tr(F) at step {step}: {error}; lower --lr") from None
+            except ValueError as error:
+                remedy = "lower --lr" if "not finite" in str(error) else "choose another --model"
+                raise UserError(f"no tr(F) at step {step}: {error}; {remedy}") from None
             traces[step] = measured.tolist()
         return traces[step]
 
