@@ -384,6 +384,8 @@ def _build(model: nn.Module, config: dict, name: str = "") -> dict[str, nn.Modul
                 lora = LoRA(linear.in_features, linear.out_features, config["r"], config["alpha"])
                 modules[f"encoder.layer.{index}.attention.self.{target}.loras.{name}"] = lora
     if config.get("inv_adapter"):
+        if getattr(model.config, "embedding_size", size) != size:
+            raise ValueError("no invertible adapter where embeddings are of another size than hidden states")
         modules[f"invertible_adapters.{name}"] = InvertibleAdapter(size, config)
     return modules
 
@@ -589,6 +591,8 @@ def _load(model: nn.Module, source: str | Path, name: str | None, language: bool
     folder = head_folder = _fetch(source)
     if (folder / "adapter").is_dir() and not (folder / "adapter_config.json").is_file():  # of a run
         folder, head_folder = folder / "adapter", folder / "head"
+    elif (folder / "model").is_dir():
+        raise FileNotFoundError(f"{folder} has no adapter but a whole model, for from_pretrained, in model/")
     facts = _read_facts(folder / "adapter_config.json", model)
     config = _read_config(folder, facts)
     weights = {_modern(key).removeprefix(model.base_model_prefix + "."): value for key, value
@@ -764,11 +768,12 @@ def _read_head(model: nn.Module, folder: Path) -> tuple[list[tuple[nn.Parameter,
     _check_fit(folder, mine, {key: value for key, value in weights.items() if key not in tied})
     try:
         names = {int(number): str(name) for name, number in (facts.get("label2id") or {}).items()}
+        names = dict(sorted(names.items()))
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"{folder}: label2id in head_config.json must have a number for each name") from None
     own = {number: str(name) for number, name in model.config.id2label.items()}
     if names != own and sorted(names.values()) == sorted(own.values()):
-        order = ", ".join(name for _, name in sorted(names.items()))
+        order = ", ".join(names.values())
         raise ValueError(f"{folder} has the labels {order}, the model has them in another order: give the "
                          "model this id2label")
     is_named = names.keys() == own.keys() and any(name != f"LABEL_{i}" for i, name in names.items())

@@ -56,8 +56,8 @@ def fisher_trace(
     """
     traces: dict[nn.Parameter, torch.Tensor] = {}
 
-    def add(parameter: nn.Parameter, x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor) -> None:
-        traces[parameter] = traces.get(parameter, 0) + (weight * _squared_norms(x, g)).sum().double()
+    def add(parameter: nn.Parameter, x: torch.Tensor | None, g: torch.Tensor) -> None:
+        traces[parameter] = traces.get(parameter, 0) + _squared_norms(x, g).sum().double()
 
     count = _accumulate(model, batches, blocks, labels, generator, add)
     zero = torch.zeros_like(next(iter(traces.values()), torch.zeros((), dtype=torch.float64)))
@@ -79,8 +79,8 @@ def fisher_diagonal(
     """
     squares: dict[nn.Parameter, torch.Tensor] = {}
 
-    def add(parameter: nn.Parameter, x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor) -> None:
-        squares[parameter] = squares.get(parameter, 0) + _squares(x, g, weight, parameter.shape)
+    def add(parameter: nn.Parameter, x: torch.Tensor | None, g: torch.Tensor) -> None:
+        squares[parameter] = squares.get(parameter, 0) + _squares(x, g, parameter.shape)
 
     count = _accumulate(model, batches, blocks, labels, generator, add)
     return [{name: squares.get(parameter, torch.zeros_like(parameter.detach())) / count
@@ -89,7 +89,7 @@ def fisher_diagonal(
 
 def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Module], labels: str,
                 generator: torch.Generator | None, add: Callable) -> int:
-    """Call add(parameter, x, g, weight) for every batch, label and parameter; returns what to divide by."""
+    """Call add(parameter, x, g) for every batch, label and parameter; returns what to divide by."""
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}, not {labels!r}")
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -104,6 +104,8 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
             inputs = {key: _usable(value) for key, value in batch.items() if key not in TARGETS}
             log_p, calls = _forward(model, inputs, slow, tape)
             size = len(log_p[0])
+            if not size:
+                continue
             shapes = _shapes_of_an_example(calls, size)
             if not examples or not shapes <= known:
                 known |= shapes
@@ -111,17 +113,16 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
                     slow |= unfit
                     _warn(unfit, owners)
                     log_p, calls = _forward(model, inputs, slow, tape)
-            used.update(*(owners[module].values() for module in calls))
+            if log_p[0].requires_grad:
+                used.update(*(owners[module].values() for module in calls))
             draws = _draws(log_p, batch, labels, generator)
-            for number, (chosen, weight) in enumerate(draws):
+            for number, chosen in enumerate(draws):
                 last = number + 1 == len(draws)
                 for parameter, x, g in _gradients(chosen, calls, owners, slow, keep_graph=not last):
                     used.add(parameter)
-                    if labels == "official":  # the whole batch as one example, its mean gradient over B
-                        x = None if x is None else x.flatten(0, 1)[None]
-                        add(parameter, x, g.flatten(0, 1)[None] / size, torch.ones_like(weight[:1]) / size)
-                    else:
-                        add(parameter, x, g, weight)
+                    if labels == "official":  # the batch as one example, its mean gradient squared over B
+                        x, g = None if x is None else x.flatten(0, 1)[None], g.flatten(0, 1)[None] / size**1.5
+                    add(parameter, x, g)
             examples += size
     if not examples:
         raise ValueError("no batches: the Fisher information needs at least one example")
@@ -142,6 +143,8 @@ def _owners(model: nn.Module, blocks: list[nn.Module]) -> dict[nn.Module, dict[s
     owners = {module: {name: own for name, own in module._parameters.items() if own in wanted}
               for module in model.modules()}
     owners = {module: own for module, own in owners.items() if own}
+    if any(getattr(module, "scale_grad_by_freq", False) for module in owners):
+        raise ValueError("an Embedding with scale_grad_by_freq has no gradients of single examples")
     if not owners:
         raise ValueError("no block is part of the model")
     return owners
@@ -173,7 +176,7 @@ def _without_formula(owners: dict[nn.Module, dict[str, nn.Parameter]]) -> set[nn
             kind = None
         elif kind is nn.LayerNorm and len(module.normalized_shape) > 1:
             kind = None
-        elif kind is nn.Embedding and (module.max_norm or module.scale_grad_by_freq):
+        elif kind is nn.Embedding and module.max_norm:
             kind = None
         for name, parameter in own.items():  # weight_g and weight_orig are of weight norm and of pruning
             is_known = name in ("weight", "bias", "lora_A", "lora_B")
@@ -193,6 +196,9 @@ def _restored(model: nn.Module) -> Iterator[None]:
     """Eval mode, gradients for nothing but what asks for them; on exit all is as it was."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    changing = [parameter for module, _ in modes for parameter in module.parameters(recurse=False)
+                if getattr(module, "max_norm", None) or type(module).train is not nn.Module.train]
+    copies = [parameter.detach().clone() for parameter in changing]
     try:
         with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
             model.eval()
@@ -203,6 +209,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
         for module, training in modes:  # parents first; by `train`, in which some layers merge and unmerge
             if module.training != training:
                 module.train(training)
+        for parameter, copy in zip(changing, copies):  # merged and unmerged, it may differ in the last bits
+            parameter.data.copy_(copy)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
@@ -215,7 +223,7 @@ def _recorder(owners: dict, slow: set) -> Iterator[SimpleNamespace]:
     tape = SimpleNamespace(on=False, cut=False, calls={})
 
     def record(module, arguments, keywords, output):
-        if slow.issuperset(owners[module].values()):
+        if slow.issuperset(owners[module].values()) or not torch.is_grad_enabled():  # no gradient gets here
             return output
         x = arguments[0] if arguments else next(iter(keywords.values()))
         if tape.cut:
@@ -251,18 +259,23 @@ def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dic
            tape: SimpleNamespace) -> set[nn.Parameter]:
     """The parameters whose gradients for single examples the layers' calls do not give.
 
-    The first example runs alone, with the layers' outputs cut off from the graph. A parameter on which log p
-    or a layer's input still depends is used outside its layer, too. A layer that the batch calls another
-    number of times, or with an input whose first B-th is another, does not see examples apart: it is called
-    once for all, as for positions, or has the batch in another dimension.
-    Raises ValueError if the model itself mixes examples.
+    The example in the middle runs alone, with the layers' outputs cut off from the graph. A parameter on
+    which log p or a layer's input still depends is used outside its layer, too. A layer that the batch calls
+    another number of times, or with another B-th of an input for this example, does not see examples apart:
+    it is called once for all, as for positions, or has the batch in another dimension or order.
+    Raises ValueError if the model itself mixes examples, or does not run on one.
     """
     size, fast = len(log_p[0]), {p for own in owners.values() for p in own.values()} - slow
+    i = size // 2  # what comes before or after it in the batch would show
     for parameter in fast | slow:
         parameter.requires_grad_(parameter in fast)
     tape.cut = True
-    lone_inputs = {key: _first(value, size) for key, value in inputs.items()}
-    lone_log_p, lone_calls = _forward(model, lone_inputs, set(), tape)
+    try:
+        lone_inputs = {key: _one(value, i, size) for key, value in inputs.items()}
+        lone_log_p, lone_calls = _forward(model, lone_inputs, set(), tape)
+        assert len(lone_log_p[0]) == 1, "it gives more than one output"
+    except (RuntimeError, TypeError, IndexError, AssertionError) as error:
+        raise ValueError(f"{type(model).__name__} does not run on one example alone: {error}") from error
     tape.cut, unfit = False, set()
     reached = [*lone_log_p, *(x for lone in lone_calls.values() for x, *_ in lone)]
     if reached := [value.sum() for value in reached if value.requires_grad]:
@@ -273,7 +286,7 @@ def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dic
         inputs_of = [(x, lone) for (x, *_), (lone, *_) in zip(recorded, lone_calls.get(module, ()))]
         if len(inputs_of) == len(recorded) == len(lone_calls[module]) and all(
                 lone.dim() and x.shape == (size * len(lone), *lone.shape[1:]) for x, lone in inputs_of):
-            pairs += [(x[: len(lone)], lone.detach()) for x, lone in inputs_of]
+            pairs += [(x[i * len(lone) : (i + 1) * len(lone)], lone.detach()) for x, lone in inputs_of]
             if _is_lora(module):
                 pairs += _lora_gradients(module, inputs_of[0][1].detach())
             modules += [module] * (len(pairs) - len(modules))
@@ -281,8 +294,14 @@ def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dic
             unfit.update(owners[module].values())
     for parameter in fast | slow:
         parameter.requires_grad_(parameter in slow)
+    flat = {edge: module for module in {*modules} for x, _, edge in calls[module]
+            if x.dim() == 2 and x.is_floating_point()}
+    if flat and log_p[0].requires_grad:  # rows [N, H] may be a selection of tokens, as an expert's are
+        for edge, found in zip(flat, _gradients_by_weight(log_p, list(flat))):
+            pairs += found
+            modules += len(found) * [flat[edge]]
 
-    pairs += [(part[:1].exp(), lone.exp()) for part, lone in zip(log_p, lone_log_p)]
+    pairs += [(part[i : i + 1].exp(), lone.exp()) for part, lone in zip(log_p, lone_log_p)]
     if not log_p[0].is_meta:
         distances = [torch.dist(one.float(), two.float()) / two.float().norm().clamp(min=1e-30)
                      for one, two in pairs]
@@ -292,6 +311,17 @@ def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dic
                              "without gradients of single examples there is no Fisher information")
         unfit.update(*(owners[module].values() for module, equal in zip(modules, is_equal) if not equal))
     return unfit - slow
+
+
+def _gradients_by_weight(log_p: list[torch.Tensor], edges: list) -> list[list[tuple]]:
+    """By edge, the gradients of its rows weighted by b for those of example b, by us and by autograd."""
+    weight = torch.arange(1.0, len(log_p[0]) + 1, device=log_p[0].device)
+    worst = sum(part.masked_fill(part.isneginf(), torch.inf).min(-1).values for part in log_p)  # [B]
+    plain, weighted = (torch.autograd.grad((one * worst).sum(), edges, retain_graph=True, allow_unused=True)
+                       for one in (torch.ones_like(weight), weight))
+    return [[] if one is None or not one.numel() else
+            [(one.reshape(len(weight), -1) * weight[:, None], two.reshape(len(weight), -1))]
+            for one, two in zip(plain, weighted)]
 
 
 def _lora_gradients(module: nn.Module, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -308,10 +338,10 @@ def _lora_gradients(module: nn.Module, x: torch.Tensor) -> list[tuple[torch.Tens
     return [(g[0].T @ x[0], gradient) for (x, g), gradient in zip(factors, found)]
 
 
-def _first(value, size: int):
-    """The first example's share of a batch's entry; what is shared by all examples stays whole."""
+def _one(value, i: int, size: int):
+    """Example i's share of a batch's entry; what is shared by all examples stays whole."""
     is_batched = isinstance(value, (list, tuple)) or isinstance(value, torch.Tensor) and value.dim()
-    return value[:1] if is_batched and len(value) == size else value
+    return value[i : i + 1] if is_batched and len(value) == size else value
 
 
 def _tolerance(model: nn.Module) -> float:
@@ -327,7 +357,9 @@ def _tolerance(model: nn.Module) -> float:
 def _log_probabilities(model: nn.Module, batch: dict, output) -> list[torch.Tensor]:
     name = type(model).__name__
     if type(output) is tuple:
-        raise ValueError(f"{name} returned a tuple: set `model.config.return_dict = True`")
+        raise ValueError(f"{name} returned a tuple: set `model.config.return_dict = True`, or return logits")
+    if isinstance(output, dict):
+        output = SimpleNamespace(**output)
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     if problem not in (None, "single_label_classification"):
         raise ValueError(f"{name} is made for {problem}: its logits are not those of one label among classes")
@@ -348,16 +380,19 @@ def _log_probabilities(model: nn.Module, batch: dict, output) -> list[torch.Tens
     return [part.to(torch.promote_types(part.dtype, torch.float32)).log_softmax(-1) for part in parts]
 
 
-def _draws(log_p: list[torch.Tensor], batch: dict, labels: str, generator: torch.Generator) -> list[tuple]:
-    """Pairs of log p(y|x) [B] and weights [B] that stand for the expectation over y."""
+def _draws(log_p: list[torch.Tensor], batch: dict, labels: str, generator: torch.Generator) -> list:
+    """What stands for the expectation over y: the sum of squared gradients of these log p(y|x) [B]. They are
+    weighted by the root of p, since layers may see the examples in another order."""
     if labels == "exact":  # grad log p has mean zero, so the traces of independent start and end add up
-        return [(part[:, y], part[:, y].detach().exp()) for part in log_p for y in range(part.shape[1])]
+        return [part[:, y] * part[:, y].detach().exp().sqrt() for part in log_p for y in range(part.shape[1])]
     chosen = torch.zeros_like(log_p[0][:, 0])
     for part, key in zip(log_p, ("labels",) if len(log_p) == 1 else ("start_positions", "end_positions")):
         if labels == "gold":
             if key not in batch:
                 raise ValueError(f"labels='gold' needs {key!r} in every batch")
-            y = batch[key].to(part.device)
+            y = torch.as_tensor(batch[key], device=part.device)
+            if y.shape != part.shape[:1] or y.is_floating_point():
+                raise ValueError(f"labels='gold' needs whole numbers [B] as {key!r}, not {list(y.shape)}")
         elif labels == "sampled" and not part.is_meta:
             p = part.detach().exp().to(generator.device)  # [B, C]
             y = torch.multinomial(p, 1, generator=generator)[:, 0].to(part.device)
@@ -366,11 +401,13 @@ def _draws(log_p: list[torch.Tensor], batch: dict, labels: str, generator: torch
         is_class = (y >= 0) & (y < part.shape[1])  # the loss ignores other gold labels
         of_y = part.gather(1, y.clamp(0, part.shape[1] - 1)[:, None])[:, 0]
         chosen = chosen + torch.where(is_class, of_y, 0)
-    return [(chosen, torch.ones_like(chosen).detach())]
+    return [chosen]
 
 
 def _gradients(chosen: torch.Tensor, calls: dict, owners: dict, slow: set, keep_graph: bool) -> Iterator:
     """(parameter, x, g) such that its gradient of log p(y|x) is, for each example, sum_t g_t x_t^T."""
+    if not chosen.requires_grad:
+        return
     edges = [edge for recorded in calls.values() for *_, edge in recorded]
     by_edge = {}
     if edges:
@@ -398,7 +435,8 @@ def _gradients(chosen: torch.Tensor, calls: dict, owners: dict, slow: set, keep_
         for parameter, column in zip(slow, zip(*rows)):
             if any(row is not None for row in column):
                 column = [torch.zeros_like(parameter) if row is None else row for row in column]
-                yield parameter, None, torch.stack(column).detach().flatten(1)[:, None]  # [B, 1, size]
+                rows = torch.stack(column).detach()
+                yield parameter, None, rows.reshape(len(chosen), 1, -1)  # [B, 1, size]
 
 
 def _by_example(value: torch.Tensor, examples: int) -> torch.Tensor:
@@ -438,20 +476,19 @@ def _squared_norms(x: torch.Tensor | None, g: torch.Tensor) -> torch.Tensor:
     return torch.cat([(h.mT @ y).square().sum((1, 2)) for y, h in _chunks(n_in * n_out, x, g)])
 
 
-def _squares(x: torch.Tensor | None, g: torch.Tensor, weight: torch.Tensor, shape: tuple) -> torch.Tensor:
-    """sum_b weight_b (sum_t g_t x_t^T)^2, elementwise, in the parameter's shape."""
+def _squares(x: torch.Tensor | None, g: torch.Tensor, shape: tuple) -> torch.Tensor:
+    """sum_b (sum_t g_t x_t^T)^2, elementwise, in the parameter's shape."""
     if x is None:
-        return (weight[:, None] * g.sum(1).square()).sum(0).reshape(shape)
+        return g.sum(1).square().sum(0).reshape(shape)
     if x.is_floating_point():
-        return sum((w[:, None, None] * (h.mT @ y).square()).sum(0)
-                   for y, h, w in _chunks(x.shape[2] * g.shape[2], x, g, weight))
+        return sum((h.mT @ y).square().sum(0) for y, h in _chunks(x.shape[2] * g.shape[2], x, g))
     keys, row = (torch.arange(len(x), device=x.device)[:, None] * shape[0] + x).unique(return_inverse=True)
     rows = torch.zeros(len(keys), g.shape[2], dtype=g.dtype, device=g.device)
     rows.index_add_(0, row.flatten(), g.flatten(0, 1))  # one row per example and token id
     total = torch.zeros(shape, dtype=g.dtype, device=g.device)
-    return total.index_add_(0, keys % shape[0], weight[keys // shape[0], None] * rows.square())
+    return total.index_add_(0, keys % shape[0], rows.square())
 
 
 def _chunks(size: int, *tensors: torch.Tensor) -> Iterable[tuple]:
     """The tensors in groups of examples, of which `size` elements each fit into CHUNK."""
-    return zip(*(tensor.split(max(1, CHUNK // size)) for tensor in tensors))
+    return zip(*(tensor.split(max(1, CHUNK // max(1, size))) for tensor in tensors))

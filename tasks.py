@@ -83,7 +83,7 @@ def load_data(settings) -> tuple[dict[str, list[dict]], list]:
         found = {row["label"] for row in splits["train"]}
         if len(found) < 2:
             place = next(iter(train))
-            raise UserError(f"{place} and all other rows have one label, {found.pop()!r}: add rows of another")
+            raise UserError(f"{place} and all other rows have one label, {found.pop()!r}: add others")
         if "label" not in values:  # integers by value, strings by alphabet
             values["label"] = sorted(found, key=lambda label: (isinstance(label, str), label))
             note_twins(values["label"])
@@ -115,7 +115,7 @@ def test_languages(settings) -> list[str]:
         folder, where = Path(settings.data), f"in {settings.data} (test.<language>.jsonl)"
         if not folder.is_dir():
             raise UserError(f"no data folder {folder}: --data must name one with {WANTED}")
-        files = sorted(path.name for path in folder.iterdir())
+        files = sorted(path.name for path in folder.iterdir() if path.is_file())
         known = sorted({name.split(".")[1] for name in files
                         if re.fullmatch(r"test\.[^.]+\.(jsonl|csv|tsv)", name)})
         if not known:
@@ -665,7 +665,7 @@ def load_model(settings, labels: list):
             if any(Path(name).name != name for name in json.loads(index.read_bytes())["weight_map"].values()):
                 raise ValueError(f"{index} names files outside of the folder")
         config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
-        is_as_before = set_labels(config, head, [str(label) for label in labels])
+        is_as_before = set_labels(config, head, labels)
         tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
         model, loaded = head.from_pretrained(
             settings.model, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
@@ -673,7 +673,6 @@ def load_model(settings, labels: list):
         check_weights(settings, model, loaded, is_as_before)
         if tokenizer.pad_token is None or len(tokenizer) > model.config.vocab_size:
             raise ValueError("its tokenizer has no padding token, or more tokens than the model")
-        blocks = add_blocks(settings, model)
     except MemoryError:
         raise
     except Exception as error:  # whatever damaged or hostile files provoke
@@ -682,6 +681,10 @@ def load_model(settings, labels: list):
         if isinstance(error, OSError) and constants.HF_HUB_OFFLINE and not folder.is_dir():
             reason, remedy = "not in the local cache, and the hub is not reached", WITHOUT_HUB
         raise UserError(f"cannot load model {settings.model!r} ({reason}): {remedy}") from None
+    try:
+        blocks = add_blocks(settings, model)
+    except ValueError as error:
+        raise UserError(f"--model {settings.model}: {error}; --method full may train it") from None
     embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     taken = getattr(embeddings, "padding_idx", None)  # where positions are counted from the one after it
     positions = getattr(model.config, "max_position_embeddings", 0) - (0 if taken is None else taken + 1)
@@ -691,12 +694,15 @@ def load_model(settings, labels: list):
     return tokenizer, model, blocks
 
 
-def set_labels(config, head: type, names: list[str]) -> bool:
+def set_labels(config, head: type, labels: list) -> bool:
     """Give the head its outputs; returns whether a checkpoint's own head can be for the same labels."""
     before = config.id2label, config.problem_type
     if head is AutoModelForQuestionAnswering:
         config.num_labels = 2  # start and end, whatever the model was trained for before
     elif head is AutoModelForSequenceClassification:
+        names = [str(label) for label in labels]
+        if len({*names}) < len(names):  # 1 and "1"
+            names = [repr(label) for label in labels]
         config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
         config.problem_type = "single_label_classification"
         unnamed = {i: f"LABEL_{i}" for i in config.id2label}

@@ -1257,6 +1257,36 @@ class GatedLoRA(nn.Module):
         return h + torch.sigmoid(h) * (h @ self.lora_A.T @ self.lora_B.T)
 
 
+class Experts(nn.Module):
+    """Each token goes to the expert of its number; a gate is a parameter without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.gate = nn.Embedding(60, 6, max_norm=1.0), nn.Parameter(torch.tensor(0.7))
+        self.experts, self.out = nn.ModuleList(nn.Linear(6, 6) for _ in range(9)), nn.Linear(6, 3)
+
+    def forward(self, input_ids):
+        h = self.tokens(input_ids)
+        mixed = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):  # most get no token, which is a call with no rows
+            mixed[input_ids % 9 == number] = expert(h[input_ids % 9 == number])
+        with torch.no_grad():
+            h = self.out(h)  # no gradient reaches the weights by this call
+        return {"logits": self.out(torch.tanh(self.gate * mixed).mean(1)) + h.mean(1)}
+
+
+class SortedByLength(nn.Module):
+    """Runs the batch in another order, as code for padded sequences does."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.out = nn.Embedding(60, 6), nn.Linear(6, 3)
+
+    def forward(self, input_ids):
+        order = input_ids[:, 0].argsort(descending=True)
+        return self.out(torch.tanh(self.tokens(input_ids[order])).mean(1))[order.argsort()]
+
+
 def on_tokens(change) -> nn.Module:
     layer = change(nn.Linear(6, 6))
     return nn.Sequential(nn.Embedding(60, 6), layer, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
@@ -1292,6 +1322,8 @@ ODD_LAYERS = {
     "a weight beside its layer": Sidestepped,
     "names of a LoRA": lambda: on_tokens(lambda layer: GatedLoRA()),
     "relative positions of DeBERTa": deberta,
+    "experts": Experts,
+    "sorted": SortedByLength,
 }
 
 
@@ -1307,7 +1339,7 @@ def test_layers_of_other_kinds_measure_what_a_loop_over_examples_does(name, rows
     expected = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     for row in ids:
         output = model(**{key: row[None]})
-        log_p = getattr(output, "logits", output)[0].log_softmax(-1)
+        log_p = (output if torch.is_tensor(output) else output["logits"])[0].log_softmax(-1)
         for value in log_p:
             gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True,
                                             allow_unused=True)
@@ -1340,7 +1372,12 @@ def test_layers_that_merge_in_eval_mode_come_back_as_they_were(training):
     before = model[0].merged, model[0].weight.detach().clone()
     fisher_trace(model, [{"input": torch.randn(4, 8)}], [model[2]])
     assert (model[0].merged, model.training, model[0].training) == (before[0], True, training)
-    torch.testing.assert_close(model[0].weight.detach(), before[1])
+    assert torch.equal(model[0].weight, before[1])
+    table = nn.Embedding(9, 3, max_norm=0.1)  # forward shortens its rows
+    before = table.weight.detach().clone()
+    with pytest.warns(UserWarning, match="parameters in Embedding take a backward pass per example"):
+        fisher_trace(table, [{"input": torch.arange(5)}], [table])
+    assert torch.equal(table.weight, before)
 
 
 def test_inference_mode_and_a_wrapped_model_measure_the_same():
@@ -1357,26 +1394,34 @@ def test_inference_mode_and_a_wrapped_model_measure_the_same():
 
 
 class Mixing(nn.Module):
-    """Centres its features over the batch: no example has an output of its own."""
+    """No example has an output of its own."""
 
-    def __init__(self):
+    def __init__(self, mix):
         super().__init__()
-        self.out = nn.Linear(4, 3)
+        self.out, self.mix = nn.Linear(4, 3), mix
 
     def forward(self, x):
-        return self.out(x - x.mean(0))
+        return self.out(self.mix(x))
 
 
 def test_what_has_no_fisher_information_of_single_examples_is_refused():
     torch.manual_seed(0)
-    mixing, regression, x = Mixing(), nn.Linear(4, 1), torch.randn(5, 4)
+    centred, summed = Mixing(lambda x: x - x.mean(0)), Mixing(lambda x: x.cumsum(0))  # the first row stays
+    detached = Mixing(lambda x: x)
+    detached.register_forward_hook(lambda _, inputs, output: output.detach())
+    counted, single = nn.Embedding(9, 3, scale_grad_by_freq=True), Mixing(lambda x: torch.eye(5) @ x)
+    regression, x = nn.Linear(4, 1), torch.randn(5, 4)
     tuples, several = tiny_model(), tiny_model(problem_type="multi_label_classification")
     tuples.config.return_dict = False
     half_used = nn.Sequential(nn.Linear(4, 3))
     half_used.spare = nn.Linear(2, 2)
     half_used.forward = lambda input: half_used[0](input)
     for model, inputs, blocks, message in [
-            (mixing, {"x": x}, [mixing.out], "another output alone than in a batch"),
+            (centred, {"x": x}, [centred.out], "another output alone than in a batch"),
+            (summed, {"x": x}, [summed.out], "another output alone than in a batch"),
+            (detached, {"x": x}, [detached.out], "no block took part"),
+            (single, {"x": x}, [single.out], "does not run on one example alone"),
+            (counted, {"input": torch.arange(5)}, [counted], "scale_grad_by_freq"),
             (regression, {"input": x}, [regression], "of two classes|two classes or more"),
             (several, batch(), [several.classifier], "made for multi_label_classification"),
             (tuples, batch(), [tuples.classifier], "returned a tuple: set `model.config.return_dict = True`"),
@@ -1527,6 +1572,9 @@ def test_blocks_that_cannot_open_one_by_one_are_refused(blocks, message):
     with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message):
         Unfreezer(blocks(), "gu", k=2)
     assert Unfreezer([], "none", k=2).step(0) == []  # a loop that trains no blocks
+    lazy = Unfreezer((block for block in linears()), "order", k=2, order=iter([1, 0, 2]))
+    assert [lazy.step(step) for step in (0, 2, 4)] == [[1], [0], [2]]
+    assert lazy.state_dict()["order"] == [1, 0, 2]
 
 
 # ---- the script --------------------------------------------------------------------------------------------
@@ -3379,6 +3427,8 @@ def test_labels_that_look_alike_are_said_once(assets, tmp_path, capsys):
         json.dumps(row | {"label": labels[i % 6]}) + "\n" for i, row in enumerate(rows)).encode())
     run_in(tmp_path / "run", assets, assets / "model", "--data", tmp_path / "data", "--steps", 1)
     notes = [line for line in capsys.readouterr().out.splitlines() if "differ in type" in line]
+    names = json.loads((tmp_path / "run/head/head_config.json").read_text())["label2id"]
+    assert names == {"1": 0, "'1'": 1, "'On'": 2, "'off'": 3, "'on'": 4, "'on '": 5}
     assert len(notes) == 1 and notes[0].endswith(" ones: [1, '1', 'On', 'on', 'on ']")
 
 
@@ -3397,7 +3447,8 @@ def test_a_text_of_one_long_line_is_cut_and_nothing_is_lost(text, pieces, tmp_pa
     (["--steps", "8"], "holds a finished run with --steps 9, not 8"),
     (["--languages", "de"], "holds a finished run with --languages None, not de"),
     ("train.en", "holds a finished run with data of fingerprint"),
-    ("test.de", "holds a finished run with data of fingerprint"), ([], None), (["--save-every", "2"], None)])
+    ("test.de", "holds a finished run with data of fingerprint"), ([], None), (["--save-every", "2"], None),
+    (["--adapter", "lora"], "holds a finished run with --adapter pfeiffer, not lora")])
 def test_a_finished_run_is_kept_only_if_it_is_the_one_asked_for(changed, message, assets, tmp_path, capsys):
     shutil.copytree(assets / "data", tmp_path / "data")
     arguments = command(assets, tmp_path / "run", "--data", tmp_path / "data")
@@ -3432,6 +3483,14 @@ def test_several_methods_and_seeds_are_single_runs_and_then_the_table(assets, tm
     assert unfreeze.main([*several, "--seed", "1 1"]) == 2
     assert "name every run once" in capsys.readouterr().err
     assert unfreeze.main([*several, "--method", "gu top"]) == 2 and "'top'" in capsys.readouterr().err
+
+
+def test_full_is_the_same_run_whatever_the_adapter_would_be(assets, tmp_path, capsys):
+    full = command(assets, tmp_path / "run", "--method", "full", "--steps", 1)
+    assert unfreeze.main([*full, "--adapter", "lora"]) == 0 and unfreeze.main(full) == 0
+    assert "is finished and kept" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="has no adapter but a whole model"):
+        load_adapter(tiny_model(), tmp_path / "run")
 
 
 def test_a_run_is_called_after_its_data_where_the_task_has_none_of_its_own():

@@ -96,6 +96,7 @@ class Unfreezer:
 
     def __init__(self, blocks: list[nn.Module], method: str, k: int, score: Callable | None = None,
                  order: list[int] | None = None, seed: int = 0):
+        blocks, order = list(blocks), None if order is None else list(order)
         if method not in SELECT:
             raise ValueError(f"unknown method {method!r}: choose one of {', '.join(SELECT)}")
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -111,7 +112,7 @@ class Unfreezer:
             raise ValueError(f"block {owned.index(set())} has no parameters: opening it would train nothing")
         if len(set().union(*owned)) < sum(map(len, owned)):
             raise ValueError("two blocks share a parameter: they would open together")
-        self.blocks, self.method, self.k, self.score, self.order = list(blocks), method, k, score, order
+        self.blocks, self.method, self.k, self.score, self.order = blocks, method, k, score, order
         self.generator = torch.Generator().manual_seed(seed)
         self.history: list[tuple[int, int]] = []  # (step, block) in the order of opening
         self.intervals = 0  # how many have begun
@@ -1073,6 +1074,8 @@ def parse(arguments: list[str]) -> Settings:
     for entry in dataclasses.fields(Settings)[1:]:
         parser.add_argument("--" + entry.name.replace("_", "-"), default=entry.default, **entry.metadata)
     given = vars(parser.parse_args(arguments))
+    if given["method"] == "full":  # it has none of either
+        given |= {"adapter": "pfeiffer", "language_adapters": "none"}
     return Settings(**given | {"method": given["method"] or ("standard" if given["task"] == "mlm" else "gu")})
 
 
