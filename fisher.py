@@ -108,7 +108,7 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
                 continue
             shapes = _shapes_of_an_example(calls, size)
             if not examples or not shapes <= known:
-                known |= shapes
+                known |= {shape for shape in shapes if shape[2] > 2}  # fewer: perhaps other rows next time
                 if unfit := _unfit(model, inputs, log_p, calls, owners, slow, tape):
                     slow |= unfit
                     _warn(unfit, owners)
@@ -259,41 +259,25 @@ def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dic
            tape: SimpleNamespace) -> set[nn.Parameter]:
     """The parameters whose gradients for single examples the layers' calls do not give.
 
-    The example in the middle runs alone, with the layers' outputs cut off from the graph. A parameter on
-    which log p or a layer's input still depends is used outside its layer, too. A layer that the batch calls
-    another number of times, or with another B-th of an input for this example, does not see examples apart:
-    it is called once for all, as for positions, or has the batch in another dimension or order.
+    A layer that the batch calls another number of times than the example in its middle alone, or with another
+    B-th of an input for this example, does not see examples apart: it is called once for all, as for
+    positions, or has the batch in another dimension or order.
     Raises ValueError if the model itself mixes examples, or does not run on one.
     """
-    size, fast = len(log_p[0]), {p for own in owners.values() for p in own.values()} - slow
+    size = len(log_p[0])
     i = size // 2  # what comes before or after it in the batch would show
-    for parameter in fast | slow:
-        parameter.requires_grad_(parameter in fast)
-    tape.cut = True
-    try:
-        lone_inputs = {key: _one(value, i, size) for key, value in inputs.items()}
-        lone_log_p, lone_calls = _forward(model, lone_inputs, set(), tape)
-        assert len(lone_log_p[0]) == 1, "it gives more than one output"
-    except (RuntimeError, TypeError, IndexError, AssertionError) as error:
-        raise ValueError(f"{type(model).__name__} does not run on one example alone: {error}") from error
-    tape.cut, unfit = False, set()
-    reached = [*lone_log_p, *(x for lone in lone_calls.values() for x, *_ in lone)]
-    if reached := [value.sum() for value in reached if value.requires_grad]:
-        outside = torch.autograd.grad(sum(reached), list(fast), allow_unused=True)
-        unfit = {parameter for parameter, gradient in zip(fast, outside) if gradient is not None}
+    lone_log_p, lone_calls, unfit = _alone(model, inputs, i, size, owners, slow, tape)
     pairs, modules = [], []  # what should be equal, and by pair the module that it is about
     for module, recorded in calls.items():
         inputs_of = [(x, lone) for (x, *_), (lone, *_) in zip(recorded, lone_calls.get(module, ()))]
         if len(inputs_of) == len(recorded) == len(lone_calls[module]) and all(
                 lone.dim() and x.shape == (size * len(lone), *lone.shape[1:]) for x, lone in inputs_of):
-            pairs += [(x[i * len(lone) : (i + 1) * len(lone)], lone.detach()) for x, lone in inputs_of]
+            pairs += [(x[i * len(lone) : (i + 1) * len(lone)], lone) for x, lone in inputs_of]
             if _is_lora(module):
-                pairs += _lora_gradients(module, inputs_of[0][1].detach())
+                pairs += _lora_gradients(module, inputs_of[0][1])
             modules += [module] * (len(pairs) - len(modules))
         else:
             unfit.update(owners[module].values())
-    for parameter in fast | slow:
-        parameter.requires_grad_(parameter in slow)
     flat = {edge: module for module in {*modules} for x, _, edge in calls[module]
             if x.dim() == 2 and x.is_floating_point()}
     if flat and log_p[0].requires_grad:  # rows [N, H] may be a selection of tokens, as an expert's are
@@ -313,6 +297,31 @@ def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dic
     return unfit - slow
 
 
+def _alone(model: nn.Module, inputs: dict, i: int, size: int, owners: dict, slow: set,
+           tape: SimpleNamespace) -> tuple[list, dict, set]:
+    """log p and the calls of example i alone, and the parameters that are used outside their layer, too: with
+    the layers' outputs cut off from the graph, log p or a layer's input still depends on them."""
+    fast = {parameter for own in owners.values() for parameter in own.values()} - slow
+    for parameter in fast | slow:
+        parameter.requires_grad_(parameter in fast)
+    tape.cut = True
+    try:
+        inputs = {key: _one(value, i, size) for key, value in inputs.items()}
+        log_p, calls = _forward(model, inputs, set(), tape)
+        assert len(log_p[0]) == 1, "it gives more than one output"
+    except (RuntimeError, TypeError, IndexError, AssertionError) as error:
+        raise ValueError(f"{type(model).__name__} does not run on one example alone: {error}") from error
+    tape.cut, outside = False, set()
+    reached = [*log_p, *(x for recorded in calls.values() for x, *_ in recorded)]
+    if reached := [value.sum() for value in reached if value.requires_grad]:
+        gradients = torch.autograd.grad(sum(reached), list(fast), allow_unused=True)
+        outside = {parameter for parameter, gradient in zip(fast, gradients) if gradient is not None}
+    for parameter in fast | slow:
+        parameter.requires_grad_(parameter in slow)
+    detached = {module: [(x.detach(), *rest) for x, *rest in recorded] for module, recorded in calls.items()}
+    return log_p, detached, outside
+
+
 def _gradients_by_weight(log_p: list[torch.Tensor], edges: list) -> list[list[tuple]]:
     """By edge, the gradients of its rows weighted by b for those of example b, by us and by autograd."""
     weight = torch.arange(1.0, len(log_p[0]) + 1, device=log_p[0].device)
@@ -326,15 +335,16 @@ def _gradients_by_weight(log_p: list[torch.Tensor], edges: list) -> list[list[tu
 
 def _lora_gradients(module: nn.Module, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For each parameter, its gradient by our formula and by autograd: not all that has lora_A is s B A x."""
-    A, B = module.lora_A, module.lora_B
-    y = module.forward(x)
+    weights = {name: weight.detach().requires_grad_() for name, weight in module._parameters.items()}
+    A, B = weights["lora_A"], weights["lora_B"]  # [r, in], [out, r]
+    y, found = torch.func.functional_call(module, weights, (x,)), [torch.zeros_like(A), torch.zeros_like(B)]
     if not x.is_floating_point() or (*x.shape[-1:], *y.shape[-1:]) != (*A.shape[1:], *B.shape[:1]):
-        return [(torch.zeros_like(A), torch.ones_like(A))]  # something else altogether
-    own = {name: weight for name, weight in module._parameters.items() if weight.requires_grad}
-    found, ones = [0 * weight for weight in own.values()], torch.ones_like(y)
-    if own and y.requires_grad:
-        found = torch.autograd.grad(y, list(own.values()), ones, materialize_grads=True)
-    factors = [_factors(module, name, _by_example(x, 1), _by_example(ones, 1)) for name in own]
+        return [(found[0], torch.ones_like(A))]  # something else altogether
+    ones = torch.ones_like(y)
+    if y.requires_grad:
+        found = torch.autograd.grad(y, (A, B), ones, materialize_grads=True)
+    factors = [_factors(module, name, _by_example(x, 1), _by_example(ones, 1))
+               for name in ("lora_A", "lora_B")]
     return [(g[0].T @ x[0], gradient) for (x, g), gradient in zip(factors, found)]
 
 

@@ -1332,24 +1332,25 @@ ODD_LAYERS = {
 @pytest.mark.parametrize("name", ODD_LAYERS)
 def test_layers_of_other_kinds_measure_what_a_loop_over_examples_does(name, rows, tokens):
     torch.manual_seed(0)
-    model, ids = ODD_LAYERS[name](), torch.randint(5, 60, (rows, tokens))
+    model, batches = ODD_LAYERS[name](), [torch.randint(5, 60, (rows, tokens)) for _ in range(2)]
     key = "input" if isinstance(model, nn.Sequential) else "input_ids"
-    model(**{key: ids})  # fills the lazy layer
+    model(**{key: batches[0]})  # fills the lazy layer
     model.eval()
     expected = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-    for row in ids:
+    for row in torch.cat(batches):
         output = model(**{key: row[None]})
         log_p = (output if torch.is_tensor(output) else output["logits"])[0].log_softmax(-1)
         for value in log_p:
             gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True,
                                             allow_unused=True)
             for total, gradient in zip(expected.values(), gradients):
-                total += 0 if gradient is None else value.detach().exp() * gradient.square() / rows
-    found = fisher_diagonal(model, [{key: ids}], [model], "exact")[0]
+                total += 0 if gradient is None else value.detach().exp() * gradient.square() / (2 * rows)
+    batches = [{key: ids} for ids in batches]
+    found = fisher_diagonal(model, batches, [model], "exact")[0]
     scale = sum(value.sum() for value in expected.values())
     for name, value in expected.items():
         assert (found[name] - value).abs().sum() <= 1e-5 * scale, name
-    assert fisher_trace(model, [{key: ids}], [model], "exact").item() == pytest.approx(scale.item(), rel=1e-4)
+    assert fisher_trace(model, batches, [model], "exact").item() == pytest.approx(scale.item(), rel=1e-4)
 
 
 class Merging(nn.Linear):
