@@ -17,8 +17,7 @@ In a layer, x is the attention sublayer's output and h the feed-forward sublayer
 with the layer's own LN throughout. DeBERTa-v2 and v3 work too, except for LoRA.
 
 Adapters, LoRAs and the head are float32 on a model in half precision, too (but for a decoder that shares the
-embeddings' weights). `model.save_pretrained` keeps the
-base model and the head; `from_pretrained` gives back no adapter before `load_adapter`.
+embeddings' weights). After `model.save_pretrained`, `from_pretrained` gives the model without its adapters.
 """
 
 import io

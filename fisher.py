@@ -445,8 +445,8 @@ def _gradients(chosen: torch.Tensor, calls: dict, owners: dict, slow: set, keep_
         for parameter, column in zip(slow, zip(*rows)):
             if any(row is not None for row in column):
                 column = [torch.zeros_like(parameter) if row is None else row for row in column]
-                rows = torch.stack(column).detach()
-                yield parameter, None, rows.reshape(len(chosen), 1, -1)  # [B, 1, size]
+                gradients = torch.stack(column).detach().reshape(len(chosen), 1, -1)  # [B, 1, size]
+                yield parameter, None, gradients
 
 
 def _by_example(value: torch.Tensor, examples: int) -> torch.Tensor:

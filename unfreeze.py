@@ -253,8 +253,8 @@ def train(settings: Settings) -> None:
     started = time.time()
     task, out = TASKS[settings.task], run_folder(settings)
     reach_hub(settings)
-    rows, labels = load_data(settings)
-    splits = sampled(rows, settings)
+    splits, labels = load_data(settings)
+    data, splits = fingerprint(splits), sampled(splits, settings)
     device = seeded_device(settings)
     tokenizer, model, blocks = load_model(settings, labels)
     languages = load_language_adapters(settings, model, list(splits)[2:])  # after train and validation
@@ -313,7 +313,6 @@ def train(settings: Settings) -> None:
     except ValueError as error:
         raise UserError(f"--order {settings.order}: {error}") from None
     log_file = claim(out)
-    data = fingerprint(rows)
     identity = identity_of(dataclasses.asdict(settings), data)
     if is_finished(out, identity):
         print(f"{out} is finished and kept (--overwrite redoes it)")
@@ -755,8 +754,8 @@ def report(arguments: list[str]) -> None:
 # apart otherwise.
 BY_METHOD = ("lr", "k", "epochs", "steps", "decay", "order", "fisher_batches")
 TOLD_APART = ("task", "method", "adapter", "model", "language_adapters", "data", "languages", "language",
-                  "train_examples", "seed", "fisher_every", "fisher_labels", "device", "save_every", "out",
-                  "overwrite")
+              "train_examples", "seed", "fisher_every", "fisher_labels", "device", "save_every", "out",
+              "overwrite")
 
 
 def comparable(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
