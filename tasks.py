@@ -4,7 +4,7 @@ Liu et al., NAACL 2024: Tables 3, 4 and 15 (presets), the results to compare wit
 
     splits, labels = load_data(settings)                            # settings: unfreeze.py's
     examples = task.encode(splits["de"], tokenizer, 128, labels)    # task = TASKS["xnli"]
-    outputs = predict(task, model, examples, collate, autocast)
+    outputs = predict(task, model, examples, collate, autocast)     # collate: examples -> batch
     scores, predictions = task.score(splits["de"], examples, outputs, "de", labels)
 
 A fifth task is one more entry of TASKS: columns, languages, place on the hub, head, and three functions of
@@ -27,6 +27,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 
@@ -35,10 +36,10 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE  # as the user set it
 from huggingface_hub.utils import get_session
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoConfig, AutoModelForMaskedLM, AutoModelForMultipleChoice,
                           AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer,
-                          DataCollatorForLanguageModeling, DataCollatorForMultipleChoice,
-                          DataCollatorWithPadding)
+                          DataCollatorForLanguageModeling)
 
 from adapters import (add_language_adapter, add_lora, add_task_adapters, save_adapter, save_head,
                       set_language)
@@ -325,7 +326,7 @@ def read_text(path: Path) -> dict[str, list[dict]]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# From rows to token ids: one dictionary per example, unpadded
+# From rows to token ids, one dictionary of tensors per example, unpadded, and from these to a batch
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -333,8 +334,12 @@ def encode_pairs(rows: list[dict], tokenizer, max_length: int, labels: list) -> 
     """One text, or two in the order of the columns, and the number of its label."""
     columns = [[row[column] for row in rows] for column in rows[0] if column != "label"]
     encoded = tokenizer(*columns, truncation=True, max_length=max_length)
-    return [{key: values[i] for key, values in encoded.items()} | {"labels": labels.index(row["label"])}
-            for i, row in enumerate(rows)]
+    return [tensors_of(encoded, i) | {"labels": labels.index(row["label"])} for i, row in enumerate(rows)]
+
+
+def tensors_of(encoded: dict, i: int) -> dict[str, torch.Tensor]:
+    """The i-th sequence that a tokenizer gives, each of its lists as a tensor [T]."""
+    return {key: torch.tensor(values[i]) for key, values in encoded.items()}
 
 
 def encode_choices(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
@@ -342,8 +347,9 @@ def encode_choices(rows: list[dict], tokenizer, max_length: int, labels: list) -
     premises = [f"{row['premise']} What was the {row['question']}?" for row in rows]
     encoded = [tokenizer(premises, [row[choice] for row in rows], truncation=True, max_length=max_length)
                for choice in ("choice1", "choice2")]
-    return [{key: [choice[key][i] for choice in encoded] for key in encoded[0]}
-            | {"labels": labels.index(row["label"])} for i, row in enumerate(rows)]
+    pairs = [[tensors_of(choice, i) for choice in encoded] for i in range(len(rows))]
+    return [{key: [choice[key] for choice in pair] for key in pair[0]}
+            | {"labels": labels.index(row["label"])} for pair, row in zip(pairs, rows)]
 
 
 def encode_spans(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
@@ -361,6 +367,7 @@ def encode_spans(rows: list[dict], tokenizer, max_length: int, labels: list) -> 
         windows = tokenizer(question, row["context"], truncation="only_second", max_length=max_length,
                             stride=min(128, max_length // 3), return_overflowing_tokens=True,
                             return_offsets_mapping=True)
+        inputs = {key: windows[key] for key in tokenizer.model_input_names if key in windows}
         count = len(windows["input_ids"])
         for i in range(count):
             offsets = torch.tensor(windows["offset_mapping"][i], dtype=torch.int32)
@@ -369,9 +376,8 @@ def encode_spans(rows: list[dict], tokenizer, max_length: int, labels: list) -> 
             covered = (0 if i == 0 else offsets[~outside][0, 0].item(),
                        len(row["context"]) if i == count - 1 else offsets[~outside][-1, 1].item())
             first, last = answer_tokens(offsets, row, covered)
-            inputs = {key: windows[key][i] for key in tokenizer.model_input_names if key in windows}
-            examples.append(inputs | {"start_positions": first, "end_positions": last, "row": number,
-                                      "offsets": offsets})
+            examples.append(tensors_of(inputs, i) | {"start_positions": first, "end_positions": last,
+                                                     "row": number, "offsets": offsets})
     return examples
 
 
@@ -415,8 +421,34 @@ def encode_text(rows: list[dict], tokenizer, max_length: int, labels: list) -> l
     if len(tokens) < inner:
         raise UserError(f"--data has too little text: {len(rows)} of its lines have {len(tokens)} tokens, a "
                         f"sequence takes {inner}, and each twentieth line is held out; lower --max-length")
-    return [{"input_ids": [tokenizer.cls_token_id, *tokens[start : start + inner], tokenizer.sep_token_id]}
+    return [{"input_ids": torch.tensor([tokenizer.cls_token_id, *tokens[start : start + inner],
+                                        tokenizer.sep_token_id])}
             for start in range(0, len(tokens) - inner + 1, inner)]
+
+
+def tokens_of(example: dict) -> int:
+    """What an example takes in a batch: its tokens; of several choices, each as long as the longest."""
+    ids = example["input_ids"]
+    return len(ids) * max(map(len, ids)) if isinstance(ids, list) else len(ids)
+
+
+def pad(examples: list[dict], tokenizer) -> dict[str, torch.Tensor]:
+    """One batch: sequences padded to the longest, [B, T] or, of several choices, [B, choices, T]."""
+    padding, batch = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}, {}
+    for key, first in examples[0].items():
+        values = [example[key] for example in examples]
+        if isinstance(first, int) and key != "row":
+            batch[key] = torch.tensor(values)  # [B]
+        elif key not in ("row", "offsets"):  # of the task's, not the model's
+            sequences = [*chain(*values)] if isinstance(first, list) else values
+            padded = pad_sequence(sequences, True, padding.get(key, 0), tokenizer.padding_side)
+            batch[key] = padded.unflatten(0, (len(examples), -1)) if isinstance(first, list) else padded
+    return batch
+
+
+def mask_tokens(examples: list[dict], tokenizer) -> dict[str, torch.Tensor]:
+    """One batch of sequences, 15 % of its tokens masked as BERT does it; `labels` has these."""
+    return dict(DataCollatorForLanguageModeling(tokenizer)(examples))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -470,24 +502,18 @@ def masked_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     return masked_tokens(model, batch)[0].mean()
 
 
-def tokens_of(example: dict) -> int:
-    """What an example takes in a batch: its tokens; of several choices, each as long as the longest."""
-    ids = example["input_ids"]
-    return len(ids) if isinstance(ids[0], int) else len(ids) * max(map(len, ids))
-
-
 @torch.inference_mode()
 def predict(task, model: nn.Module, examples: list[dict], collate: Callable, autocast: Callable,
             tokens: int | None = None) -> list[torch.Tensor]:
     """What `task.forward` gives for each example, in their order, computed in eval mode in batches of similar
-    length with at most `tokens` tokens, padding included (by default 8,192 on CUDA, 1,024 on a CPU, where
+    length with at most `tokens` tokens, padding included (by default 32,768 on CUDA, 1,024 on a CPU, where
     more is slower). Leaves the global random numbers alone."""
     model.eval()
     cost = [tokens_of(example) for example in examples]
     order = sorted(range(len(examples)), key=cost.__getitem__, reverse=True)
     outputs = [None] * len(examples)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    tokens = tokens or (8192 if devices else 1024)
+    tokens = tokens or (32_768 if devices else 1024)
     with torch.random.fork_rng(devices), autocast():
         torch.manual_seed(0)  # the same masks each time
         while order:
@@ -593,11 +619,11 @@ class Task:
     columns: tuple[str, ...]
     languages: tuple[str, ...] | None  # those the paper tests, English first; None: every test file there is
     head: type
-    collator: type
     encode: Callable  # (rows, tokenizer, max_length, labels) -> examples
     forward: Callable  # (model, batch) -> outputs [B, …]
     score: Callable  # (rows, examples, outputs, language, labels) -> ({metric: percent}, predictions)
     loss: Callable = model_loss  # (model, batch) -> loss to minimise
+    batch: Callable = pad  # (examples, tokenizer) -> batch
     max_length: int = 128
     hub: dict = field(default_factory=dict)  # by split: owner/name/config/split, {} stands for the language
     training_set: str | None = None  # the paper's name of it, a key of PRESETS
@@ -616,37 +642,32 @@ TASKS = {
         other_languages=("bg", "fr", "ur"),  # no language adapter for XLM-R
         hub={"train": "facebook/xnli/en/train", "validation": "facebook/xnli/en/validation",
              "test": "facebook/xnli/{}/test"},
-        head=AutoModelForSequenceClassification, collator=DataCollatorWithPadding,
-        encode=encode_pairs, forward=class_logits, score=accuracy),
+        head=AutoModelForSequenceClassification, encode=encode_pairs, forward=class_logits, score=accuracy),
     "xquad": Task(
         ("id", "context", "question", "answers"), training_set="squad", max_length=384,
         languages=("en", "ar", "de", "el", "es", "hi", "ru", "th", "tr", "vi", "zh"), other_languages=("ro",),
         hub=SQUAD | {"test": "google/xquad/xquad.{}/validation"},  # the name of its only split
-        head=AutoModelForQuestionAnswering, collator=DataCollatorWithPadding,
-        encode=encode_spans, forward=span_logits, loss=span_loss,
+        head=AutoModelForQuestionAnswering, encode=encode_spans, forward=span_logits, loss=span_loss,
         score=partial(answers, rules={"": squad_words})),
     "mlqa": Task(
         ("id", "context", "question", "answers"), training_set="squad", max_length=384,
         languages=("en", "ar", "de", "es", "hi", "vi", "zh"),
         hub=SQUAD | {"test": "facebook/mlqa/mlqa.{0}.{0}/test"},
-        head=AutoModelForQuestionAnswering, collator=DataCollatorWithPadding,
-        encode=encode_spans, forward=span_logits, loss=span_loss,
+        head=AutoModelForQuestionAnswering, encode=encode_spans, forward=span_logits, loss=span_loss,
         score=partial(answers, rules={"": squad_words, "_mlqa": mlqa_words})),
     "xcopa": Task(
         ("premise", "choice1", "choice2", "question", "label"), training_set="copa",
         values={"label": (0, 1), "question": ("cause", "effect")},
         languages=("en", "et", "ht", "id", "it", "qu", "sw", "ta", "th", "tr", "vi", "zh"),
         hub=COPA | {"test": "cambridgeltl/xcopa/{}/test"},
-        head=AutoModelForMultipleChoice, collator=DataCollatorForMultipleChoice,
-        encode=encode_choices, forward=class_logits, score=accuracy),
+        head=AutoModelForMultipleChoice, encode=encode_choices, forward=class_logits, score=accuracy),
     "classify": Task(  # any classification task on one text or a pair
         ("text", "label"), languages=None, optional_columns=("text_pair",),
-        head=AutoModelForSequenceClassification, collator=DataCollatorWithPadding,
-        encode=encode_pairs, forward=class_logits, score=accuracy),
+        head=AutoModelForSequenceClassification, encode=encode_pairs, forward=class_logits, score=accuracy),
     "mlm": Task(  # a language adapter (MAD-X, section 3)
         ("text",), languages=(), max_length=512,
-        head=AutoModelForMaskedLM, collator=DataCollatorForLanguageModeling,
-        encode=encode_text, forward=masked_sums, score=masked_scores, loss=masked_loss),
+        head=AutoModelForMaskedLM, encode=encode_text, batch=mask_tokens,
+        forward=masked_sums, score=masked_scores, loss=masked_loss),
 }
 
 

@@ -31,6 +31,7 @@ import threading
 import time
 import warnings
 import zipfile
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -1694,8 +1695,7 @@ def test_predictions_in_batches_by_length_equal_a_loop_over_single_examples_in_t
     task, rows, state = tasks.TASKS["classify"], splits["train"], torch.get_rng_state()
     examples = task.encode(rows, tokenizer, 20, labels)
     assert len({len(example["input_ids"]) for example in examples}) > 1
-    pad = transformers.DataCollatorWithPadding(tokenizer)
-    outputs = tasks.predict(task, model.train(), examples, pad, no_autocast, tokens)
+    outputs = tasks.predict(task, model.train(), examples, collator(model, tokenizer), no_autocast, tokens)
     singly = [model(**tokenizer(row["text"], return_tensors="pt")).logits[0] for row in rows]
     torch.testing.assert_close(torch.stack(outputs), torch.stack(singly), rtol=1e-5, atol=1e-6)
     scores, predictions = tasks.accuracy(rows, examples, outputs, "en", labels)
@@ -1712,83 +1712,127 @@ def test_an_epoch_holds_every_example_once_in_an_order_of_its_own():
     assert all(sorted(order) == list(range(50)) for order in orders)
 
 
-def examples_of(task: str, rows: int = 12) -> list[dict]:
-    """Encoded examples of random lengths."""
+def collator(model: nn.Module, tokenizer, device: str = "cpu", task: str = "classify"):
+    return partial(unfreeze.batch_on, torch.device(device), model,
+                             partial(tasks.TASKS[task].batch, tokenizer=tokenizer))
+
+
+def examples_of(task: str, rows: int = 17) -> list[dict]:
+    """Encoded examples of random lengths, the shortest first; several have one length."""
     draw = random.Random(4)
 
-    def ids() -> list[int]:
-        return [0, *(draw.randrange(5, 60) for _ in range(draw.randrange(1, 30))), 2]
+    def ids() -> torch.Tensor:
+        return torch.tensor([0, *(draw.randrange(5, 60) for _ in range(draw.randrange(1, 14))), 2])
 
+    answers = {"xnli": {"labels": 2}, "xquad": {"start_positions": 1, "end_positions": 2}, "xcopa": {"labels": 1}}
+    examples = [{"input_ids": [ids(), ids()] if task == "xcopa" else ids(), "row": i}
+                | {key: draw.randint(0, most) for key, most in answers[task].items()} for i in range(rows)]
+    for example in examples:
+        ones = [torch.ones_like(ids) for ids in example["input_ids"]]
+        example["attention_mask"] = ones if task == "xcopa" else torch.ones_like(example["input_ids"])
+    return sorted(examples, key=tasks.tokens_of)
+
+
+def loss_alone(task: str, model: nn.Module, example: dict) -> torch.Tensor:
+    """Of one example without any padding: of two choices, each runs by itself."""
     if task == "xcopa":
-        return [{"input_ids": [ids(), ids()], "labels": draw.randrange(2), "row": i} for i in range(rows)]
-    if task == "xquad":
-        return [{"input_ids": ids(), "start_positions": 1, "end_positions": draw.randrange(3), "row": i}
-                for i in range(rows)]
-    return [{"input_ids": ids(), "labels": draw.randrange(3)} for i in range(rows)]
+        scores = torch.cat([model(input_ids=ids[None, None]).logits[0] for ids in example["input_ids"]])
+        return nn.functional.cross_entropy(scores, torch.tensor(example["labels"]))
+    answer = {key: torch.tensor([value]) for key, value in example.items() if isinstance(value, int)}
+    answer.pop("row")
+    return model(input_ids=example["input_ids"][None], **answer).loss
 
 
-@pytest.mark.parametrize("task, head", [
-    ("xnli", "SequenceClassification"), ("xquad", "QuestionAnswering"), ("xcopa", "MultipleChoice")])
-def test_the_parts_of_a_batch_add_up_to_the_gradient_of_the_batch_at_once(task, head, assets):
-    model, examples = tiny_model(head=head).double().eval(), examples_of(task)
-    parameters = list(model.parameters())
-    pad = tasks.TASKS[task].collator(transformers.AutoTokenizer.from_pretrained(assets / "model"))
-    inputs = [{key: value for key, value in example.items() if key != "row"} for example in examples]
-    every = [pad([row]) for row in inputs] if task == "xquad" else [pad(inputs)]  # there padding competes
-    expected = sum(model(**inputs).loss for inputs in every) / len(every)
+HEADS = {"xnli": "SequenceClassification", "xquad": "QuestionAnswering", "xcopa": "MultipleChoice"}
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("kind, added", [
+    ("XLMRoberta", "all parameters"), ("Roberta", "language and task adapters"), ("Bert", "LoRA"),
+    ("XLMRoberta", "language and task adapters"), ("DebertaV2", "task adapters")])
+def test_a_packed_batch_has_the_gradient_of_its_examples_one_by_one(
+        kind, added, task, device, assets, monkeypatch):
+    model = tiny_model(kind, HEADS[task]).double().eval()
+    if "language" in added:
+        add_language_adapter(model, "th")
+        set_language(model, "th")
+    blocks = add_lora(model) if added == "LoRA" else add_task_adapters(model) if "task" in added else []
+    randomise(blocks)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    examples, tokenizer = examples_of(task), transformers.AutoTokenizer.from_pretrained(assets / "model")
+    expected = sum(loss_alone(task, model, example) for example in examples) / len(examples)
     gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
-
-    def loss_of(part: list[dict]) -> torch.Tensor:
-        return tasks.TASKS[task].loss(model, unfreeze.to_device(part, pad, torch.device("cpu")))
-
-    for parts in (unfreeze.parts_of(examples, 4), unfreeze.parts_of(examples, 10_000)):
-        assert (len(parts) > 2) == (parts != [sorted(examples, key=tasks.tokens_of)])
-        model.zero_grad()
-        torch.testing.assert_close(unfreeze.backward(parts, loss_of).double(), expected.detach(),
-                                   rtol=1e-6, atol=0)
+    close = 1e-12
+    if device == "cuda":  # whose attention has no float64
+        model.to(device, torch.float32)
+        close = 1e-4
+    if kind != "DebertaV2":
+        unfreeze.allow_packing(model)
+    for rows in (6, 1, 100):
+        monkeypatch.setattr(unfreeze, "GROUP", rows)
+        inputs = collator(model, tokenizer, device, task)(examples)
+        assert ("packing" in inputs) == (kind != "DebertaV2")
+        loss = tasks.TASKS[task].loss(model, inputs)
+        torch.testing.assert_close(loss.cpu(), expected.detach(), rtol=max(1e-6, close), atol=0,
+                                   check_dtype=False)
         for parameter, gradient in zip(parameters, gradients):
-            torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-12)
+            found, = torch.autograd.grad(loss, parameter, retain_graph=True, allow_unused=True)
+            assert (found is None) == (gradient is None)
+            if gradient is not None:
+                torch.testing.assert_close(found.cpu(), gradient, rtol=0, atol=close, check_dtype=False)
 
 
-def test_no_other_parts_of_a_batch_are_cheaper():
-    examples = [{"input_ids": [5] * tokens} for tokens in (3, 9, 9, 30, 4, 11, 12, 3)]
-    rows = sorted(examples, key=tasks.tokens_of)
-
-    def cost(parts: list[list[dict]], part_tokens: int) -> int:
-        return sum(len(part) * max(map(tasks.tokens_of, part)) + part_tokens for part in parts)
-
-    for part_tokens in (0, 1, 5, 20, 100, 1000):
-        parts = unfreeze.parts_of(examples, part_tokens)
-        assert sorted(itertools.chain(*parts), key=tasks.tokens_of) == rows
-        every = []
-        for cuts in itertools.product((False, True), repeat=len(rows) - 1):
-            starts = [0, *(i for i, cut in enumerate(cuts, 1) if cut), len(rows)]
-            every.append([rows[start:end] for start, end in itertools.pairwise(starts)])
-        assert cost(parts, part_tokens) == min(cost(other, part_tokens) for other in every)
-    assert len(parts) == 1 and len(unfreeze.parts_of(examples, 0)) == 6  # one for each length
-
-
-def test_a_run_in_parts_ends_where_one_of_whole_batches_ends(assets, tmp_path):
+def test_packing_leaves_the_results_of_a_run_and_no_trace_in_its_model(assets, tmp_path):
     model = shutil.copytree(assets / "model", tmp_path / "model")  # with no dropout, whose draws would differ
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"attention_probs_dropout_prob": 0.0}))
-    ends = {}
-    for name, options in {"parts": [], "whole": ["--whole-batches"]}.items():
+    adapters, configs, traces = {}, {}, {}
+    for name, options in {"packed": [], "padded": ["--whole-batches"]}.items():
         assert unfreeze.main(command(assets, tmp_path / name, *options, "--model", model)) == 0
-        ends[name] = torch.load(tmp_path / name / "adapter" / "pytorch_adapter.bin", weights_only=True)
-    assert any(not torch.equal(ends["parts"][key], ends["whole"][key]) for key in ends["whole"])
-    for key, weight in ends["whole"].items():
-        torch.testing.assert_close(ends["parts"][key], weight, rtol=0, atol=1e-4)
+        adapters[name] = torch.load(tmp_path / name / "adapter" / "pytorch_adapter.bin", weights_only=True)
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        traces[name] = next(event["trace"] for event in log if event["event"] == "fisher")
+        full = command(assets, tmp_path / f"{name}-full", *options, "--model", model, "--method", "full")
+        assert unfreeze.main(full) == 0
+        configs[name] = (tmp_path / f"{name}-full" / "model" / "config.json").read_bytes()
+    assert any(not torch.equal(adapters["packed"][key], weight) for key, weight in adapters["padded"].items())
+    for key, weight in adapters["padded"].items():
+        torch.testing.assert_close(adapters["packed"][key], weight, rtol=0, atol=1e-4)
+    assert configs["packed"] == configs["padded"] and b"packed" not in configs["packed"]
+    assert traces["packed"] == traces["padded"]  # tr(F) takes padded batches: to the last bit
 
 
-@pytest.mark.parametrize("task, head", [("xnli", "SequenceClassification"), ("xquad", "QuestionAnswering")])
-def test_no_step_looks_at_a_value_on_the_device(task, head, assets):
-    model, meta = tiny_model(head=head).to("meta"), torch.device("meta")  # where there is no value to look at
+def test_precision_shapes_a_run_is_kept_and_told_apart(assets, tmp_path, capsys):
+    names = {"default": [], "short": ["--bf16"], "long": ["--precision", "bf16"],
+             "single": ["--precision", "fp32"]}
+    for name, options in names.items():
+        assert unfreeze.main(command(assets, tmp_path / name, *options)) == 0
+    runs = {name: outcome(tmp_path / name) for name in names}
+    assert runs["default"] == runs["single"] and runs["short"] == runs["long"]
+    assert runs["default"]["adapter/pytorch_adapter.bin"] != runs["short"]["adapter/pytorch_adapter.bin"]
+    kept = [runs[name]["results.json"]["settings"]["precision"] for name in names]
+    assert kept == ["fp32", "bf16", "bf16", "fp32"]
+    assert unfreeze.main(command(assets, tmp_path / "short")) == 2
+    assert "a finished run with --precision bf16, not fp32" in capsys.readouterr().err
+    assert unfreeze.main(command(assets, tmp_path / "new", "--precision", "tf32")) == 2
+    assert capsys.readouterr().err == "error: --precision tf32 is for CUDA: use fp32 or bf16\n"
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("task", HEADS)
+def test_no_step_looks_at_a_value_on_the_device(task, is_packed, assets):
+    model = tiny_model(head=HEADS[task]).to("meta")  # where there is no value to look at
     add_task_adapters(model)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    pad = tasks.TASKS[task].collator(transformers.AutoTokenizer.from_pretrained(assets / "model"))
-    loss = unfreeze.backward(unfreeze.parts_of(examples_of(task), 20),
-                             lambda part: tasks.TASKS[task].loss(model, unfreeze.to_device(part, pad, meta)))
+    unfreeze.allow_packing(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(assets / "model")
+    inputs = collator(model, tokenizer, "meta", task)(examples_of(task), is_packed=is_packed)
+    assert ("packing" in inputs) == is_packed
+    loss = tasks.TASKS[task].loss(model, inputs)
+    loss.backward()
     norm = nn.utils.clip_grad_norm_(learned, 1.0)
     assert loss.is_meta and norm.is_meta and all(parameter.grad.is_meta for parameter in learned)
 
@@ -2587,12 +2631,11 @@ def test_a_run_trains_above_english_and_tests_every_language_above_its_own(
     settings = unfreeze.parse(command(assets, Path("none")))
     splits, labels = tasks.load_data(settings)
     tokenizer = transformers.AutoTokenizer.from_pretrained(assets / "model")
-    pad = transformers.DataCollatorWithPadding(tokenizer)
     for language, stacked in results["language_adapters"].items():
         set_language(model, stacked)
         task, rows = tasks.TASKS["classify"], splits[language]
         examples = task.encode(rows, tokenizer, 20, labels)
-        outputs = tasks.predict(task, model, examples, pad, no_autocast)
+        outputs = tasks.predict(task, model, examples, collator(model, tokenizer), no_autocast)
         assert task.score(rows, examples, outputs, language, labels)[0] == results["scores"][language]
 
 
@@ -2784,7 +2827,7 @@ def test_text_becomes_sequences_without_loss(assets):
     lines = (assets / "text.txt").read_text().splitlines()
     assert [row["text"] for row in splits["validation"]] == lines[::20] and len(splits["train"]) == 380
     examples = tasks.encode_text(splits["train"], tokenizer, 20, [])
-    ids = torch.tensor([example["input_ids"] for example in examples])
+    ids = torch.stack([example["input_ids"] for example in examples])
     assert ids.shape == (380 * 4 // 18, 20)
     assert (ids[:, 0] == tokenizer.cls_token_id).all() and (ids[:, -1] == tokenizer.sep_token_id).all()
     words = tokenizer.convert_ids_to_tokens(ids[:, 1:-1].flatten().tolist())
@@ -2928,8 +2971,8 @@ def test_choices_are_premise_and_question_with_each_choice(assets):
     row = {"premise": "a cat", "choice1": "red", "choice2": "blue dog", "question": "effect", "label": 1}
     example, = tasks.encode_choices([row], tokenizer, 30, [0, 1])
     assert example["labels"] == 1
-    assert example["input_ids"] == [tokenizer("a cat What was the effect?", choice)["input_ids"]
-                                    for choice in ("red", "blue dog")]
+    assert [ids.tolist() for ids in example["input_ids"]] == [
+        tokenizer("a cat What was the effect?", choice)["input_ids"] for choice in ("red", "blue dog")]
 
 
 def test_no_steps_test_the_untrained_model(assets, tmp_path):
@@ -3219,15 +3262,18 @@ def test_what_a_run_predicts_the_saved_model_predicts_alone_or_its_type_is_refus
     assert said == [saved.config.id2label[row.argmax().item()] for row in logits]
 
 
-@pytest.mark.parametrize("kind", unfreeze.ADD_MASKS_AS_GIVEN)
-def test_the_mask_of_these_types_is_as_good_as_the_plain_one(kind, assets):
-    pad = transformers.DataCollatorWithPadding(transformers.AutoTokenizer.from_pretrained(assets / "model"))
-    examples = [{"input_ids": [0] + [7] * n + [2], "attention_mask": [1] * (n + 2)} for n in (3, 1, 5)]
-    model = tiny_model({"xlm-roberta": "XLMRoberta", "roberta": "Roberta", "bert": "Bert"}[kind]).eval()
-    one, two = (unfreeze.to_device(examples, pad, torch.device("cpu"), name) for name in (kind, "electra"))
-    assert one["attention_mask"].dim() == 4
-    assert two["attention_mask"].tolist() == pad(examples)["attention_mask"].tolist()
-    torch.testing.assert_close(model(**one).logits, model(**two).logits)
+@pytest.mark.parametrize("kind", ["XLMRoberta", "Roberta", "Bert"])
+def test_a_padded_batch_gives_the_same_with_and_without_packing_allowed(kind, assets):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(assets / "model")
+    examples, model = examples_of("xnli"), tiny_model(kind).eval()
+    lists = [{key: example[key].tolist() for key in ("input_ids", "attention_mask")} for example in examples]
+    padded = tokenizer.pad(lists, return_tensors="pt")
+    inputs = tasks.pad(examples, tokenizer)
+    assert all(torch.equal(inputs[key], value) for key, value in padded.items())
+    before = model(**padded).logits
+    unfreeze.allow_packing(model)
+    torch.testing.assert_close(model(**padded).logits, before)
+    torch.testing.assert_close(model(**collator(model, tokenizer)(examples)).logits, before)
 
 
 @pytest.mark.parametrize("method", ["gu", "fun", "lpft", "full"])

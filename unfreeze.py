@@ -48,7 +48,11 @@ if __name__ == "__main__":
 import torch
 import transformers
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adapters import load_tensors, save_tensors, set_language, write_atomically
 from fisher import LABELS, fisher_trace
@@ -212,9 +216,10 @@ class Settings:
     fisher_labels: str = option("sampled", "labels of tr(F)", choices=list(LABELS))
     fisher_batches: int = option(4, "training batches per measurement of tr(F)", least=1)
     device: str | None = option(None, "default: cuda when there is one", choices=["cpu", "cuda"])
-    bf16: bool = option(False, "bfloat16 autocast", action="store_true")
-    whole_batches: bool = option(False, "run each batch at once, padded to its longest example (default: in "
-                                 "parts of similar length, whose gradients add up)", action="store_true")
+    precision: str | None = option(None, "bf16 is autocast (default: tf32 on CUDA, fp32 on a CPU)",
+                                   choices=["fp32", "tf32", "bf16"])
+    whole_batches: bool = option(False, "pad each batch to its longest example (default: XLM-R, RoBERTa and "
+                                 "BERT run without padding)", action="store_true")
     save_every: int = option(500, "steps between two checkpoints", least=1)
     out: str | None = option(None, "the run's folder (default: runs/TASK-MODEL-METHOD-SEED)")
     overwrite: bool = option(False, "start anew, and replace a finished run", action="store_true")
@@ -228,6 +233,8 @@ def check(settings: Settings) -> None:
         raise UserError(f"--lr must be a positive number, not {settings.lr}")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    if settings.precision == "tf32" and device_of(settings).type != "cuda":
+        raise UserError("--precision tf32 is for CUDA: use fp32 or bf16")
     if settings.epochs and settings.steps is not None:
         raise UserError("--epochs and --steps exclude each other: give one of them")
     if (settings.method == "order") != (settings.order is not None):
@@ -255,7 +262,8 @@ def train(settings: Settings) -> None:
     reach_hub(settings)
     splits, labels = load_data(settings)
     data, splits = fingerprint(splits), sampled(splits, settings)
-    device = seeded_device(settings)
+    device = device_of(settings)
+    torch.manual_seed(settings.seed)
     tokenizer, model, blocks = load_model(settings, labels)
     languages = load_language_adapters(settings, model, list(splits)[2:])  # after train and validation
     model.to(device)
@@ -263,17 +271,16 @@ def train(settings: Settings) -> None:
     encoded = {name: task.encode(rows, tokenizer, length, labels) for name, rows in splits.items()}
     examples = encoded["train"]
     settings = resolve(settings, model.config.model_type, len(blocks), len(splits["train"]), len(examples))
-    pad = task.collator(tokenizer, pad_to_multiple_of=8 if device.type == "cuda" else None)
-    collate = partial(to_device, pad=pad, device=device, model_type=model.config.model_type)
+    settings = dataclasses.replace(settings, precision=settings.precision or PRECISION[device.type])
+    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    collate = partial(batch_on, device, model, partial(task.batch, tokenizer=tokenizer),
+                      is_packed=not settings.whole_batches)
+    torch.use_deterministic_algorithms(True, warn_only=model.config.model_type not in PACKED)
+    if model.config.model_type in PACKED:
+        allow_packing(model)
     if settings.task != "mlm":
         check_padding(task, model, examples, collate)
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
-
-    def loss_of(part: list[dict]) -> torch.Tensor:
-        with autocast():
-            return task.loss(model, collate(part))
 
     def evaluate(split: str, language: str) -> tuple[dict, list]:
         outputs = predict(task, model, encoded[split], collate, autocast)
@@ -296,7 +303,7 @@ def train(settings: Settings) -> None:
         if step not in traces:
             read_back(step)
             generator = torch.Generator().manual_seed(settings.seed * 100_003 + step)  # not training's
-            batches = fisher_batches(settings, examples, generator, collate)
+            batches = fisher_batches(settings, examples, generator, partial(collate, is_packed=False))
             try:
                 with autocast():
                     measured = fisher_trace(model, batches, blocks, settings.fisher_labels, generator)
@@ -358,14 +365,15 @@ def train(settings: Settings) -> None:
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
-        batch = [examples[i] for i in batch_of(settings, step, len(examples))]
-        parts = [batch] if settings.whole_batches else parts_of(batch, PART_TOKENS[device.type])
-        loss = backward(parts, loss_of)
+        batch = sorted((examples[i] for i in batch_of(settings, step, len(examples))), key=tokens_of)
+        with autocast():
+            loss = task.loss(model, collate(batch))
+        loss.backward()  # reaches down to the lowest open block and no further
         norm = nn.utils.clip_grad_norm_(learned.values(), 1.0)
         optimizer.step()  # a frozen block has grad=None and is left alone
         optimizer.zero_grad()
 
-        readings.append(torch.stack([loss.float(), norm]))
+        readings.append(torch.stack([loss.detach().float(), norm]))
         done, is_stopping = step + 1, bool(asked_to_stop)
         is_saved = is_stopping or 0 in (done % settings.save_every, done % stride, settings.steps - done)
         if is_saved or done % 10 == 0:
@@ -404,35 +412,11 @@ def train(settings: Settings) -> None:
     conclude(out, results, metric)
 
 
-# What a further part of a batch counts. On two cores it costs the time of some 30 tokens, and the total is
-# flat around there; with 16, 95 % of xnli's tokens are real. CUDA's is a guess.
-PART_TOKENS = {"cpu": 16, "cuda": 1024}
+PRECISION = {"cuda": "tf32", "cpu": "fp32"}  # by default
 
 
-def seeded_device(settings: Settings) -> torch.device:
-    """The device to train on, with random numbers from the seed and deterministic algorithms."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.manual_seed(settings.seed)
+def device_of(settings: Settings) -> torch.device:
     return torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-# Types whose attention adds a mask [B, 1, 1, T] as it is; others make masks of their own from one [B, T], and
-# may count its ones, window it or mask what follows a token.
-ADD_MASKS_AS_GIVEN = ("xlm-roberta", "roberta", "bert")
-
-
-def to_device(examples: list[dict], pad: Callable, device: torch.device,
-              model_type: str = ADD_MASKS_AS_GIVEN[0]) -> dict:
-    """The examples as one batch on the device, for the models that allow it without a wait for it."""
-    inputs = [{key: value for key, value in example.items() if key not in ("row", "offsets")}
-              for example in examples]
-    batch = dict(pad(inputs))
-    if batch["attention_mask"].dim() == 2 and model_type in ADD_MASKS_AS_GIVEN:  # [B, T] is waited for there
-        mask = batch.pop("attention_mask").bool()
-        batch |= {} if mask.all() else {"attention_mask": mask[:, None, None]}  # [B, 1, 1, T]
-    if device.type == "cuda":
-        batch = {key: value.pin_memory() for key, value in batch.items()}
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 @torch.inference_mode()
@@ -483,31 +467,6 @@ def batch_of(settings: Settings, step: int, examples: int) -> list[int]:
     return train_order(settings.seed, epoch, examples)[start : start + settings.batch_size]
 
 
-def parts_of(batch: list[dict], part_tokens: int) -> list[list[dict]]:
-    """The batch in parts of similar length, such that padding and `part_tokens` a part come to the least."""
-    rows = sorted(batch, key=tokens_of)
-    best = [(0, 0)]  # by number of rows, the shortest first: what they cost, and where their last part begins
-    for end, row in enumerate(rows, 1):
-        best.append(min((cost + (end - start) * tokens_of(row) + part_tokens, start)
-                        for start, (cost, _) in enumerate(best)))
-    parts, end = [], len(rows)
-    while end:
-        start = best[end][1]
-        parts.append(rows[start:end])
-        end = start
-    return parts
-
-
-def backward(parts: list[list[dict]], loss_of: Callable) -> torch.Tensor:
-    """Add up the gradients of a batch's mean loss, part by part; returns that loss, detached."""
-    size, losses = sum(map(len, parts)), []
-    for part in parts:
-        loss = loss_of(part) * (len(part) / size)  # a mean over the rows of a part
-        loss.backward()  # reaches down to the lowest open block and no further
-        losses.append(loss.detach())
-    return sum(losses)
-
-
 def finite_losses(settings: Settings, readings: list[list[float]], done: int, examples: int) -> list[float]:
     """The losses of the last steps; no step counts from one on whose loss or gradient is NaN or infinite."""
     for step, (loss, norm) in enumerate(readings, done - len(readings)):
@@ -517,6 +476,109 @@ def finite_losses(settings: Settings, readings: list[list[float]], done: int, ex
                             f"rate {learning_rate(settings, step):g}, training examples {batch}): lower "
                             "--lr, and pass --overwrite if the run has a checkpoint")
     return [loss for loss, _ in readings]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One pass without padding: between embeddings and head, a batch is one row of its real tokens, [1, N, H]
+# ------------------------------------------------------------------------------------------------------------
+
+PACKED = ("xlm-roberta", "roberta", "bert")  # types whose encoder can run so
+GROUP = 6  # sequences that attention on a CPU sees at a time, padded to their longest
+
+
+class Packing:
+    """Where the real tokens of a batch [B, T] are. A batch with it as an entry `packing` runs packed, one
+    without as ever; positions are the embeddings' own, which see the batch as it is.
+
+    mask: on the CPU, so that nothing waits for the device, to which `move` takes a tensor."""
+
+    def __init__(self, mask: torch.Tensor, move: Callable, on_cuda: bool):
+        lengths = mask.sum(1)  # [B]
+        self.shape, self.longest = mask.shape, int(lengths.max())
+        self.index = move(places(mask))  # [N]
+        self.ends = move(nn.functional.pad(lengths.cumsum(0), (1, 0)).int())  # [B + 1]
+        groups = [] if on_cuda else [group[:, group.any(0)] for group in mask.split(GROUP)]  # [GROUP, longest]
+        self.groups = [(move(group), move(places(group))) for group in groups]
+
+
+def places(mask: torch.Tensor) -> torch.Tensor:
+    return mask.flatten().nonzero()[:, 0]
+
+
+def allow_packing(model: nn.Module) -> None:
+    """From now on the model takes batches with a `packing`, and looks at no mask of those without."""
+    AttentionInterface.register("packed", packed_attention)
+    AttentionMaskInterface.register("packed", broadcast)
+    model.set_attn_implementation("packed")
+    encoder = model.base_model.encoder
+    encoder.register_forward_pre_hook(remove_padding, with_kwargs=True)
+    encoder.register_forward_hook(restore_padding, with_kwargs=True)
+
+
+def broadcast(attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor | None:
+    """[B, T] -> [B, 1, 1, T]. The library's own would first look whether anything is masked, and wait for it."""
+    return None if attention_mask is None else attention_mask[:, None, None]
+
+
+def remove_padding(_, inputs: tuple, keywords: dict) -> tuple | None:
+    if packing := keywords.get("packing"):
+        hidden = inputs[0].flatten(0, 1).index_select(0, packing.index)  # [B, T, H] -> [N, H]
+        return (hidden[None], *inputs[1:]), keywords | {"attention_mask": None}
+
+
+def restore_padding(_, inputs: tuple, keywords: dict, output):
+    if packing := keywords.get("packing"):
+        hidden = output.last_hidden_state[0]  # [N, H]
+        padded = hidden.new_zeros(packing.shape.numel(), hidden.shape[1]).index_copy(0, packing.index, hidden)
+        output.last_hidden_state = padded.unflatten(0, packing.shape)  # [B, T, H]
+        return output
+
+
+def packed_attention(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor,
+                     dropout: float = 0.0, scaling: float | None = None, packing: Packing | None = None,
+                     **keywords) -> tuple[torch.Tensor, None]:
+    """Attention within each sequence of a packed batch: q, k and v are [1, heads, N, d]."""
+    if packing is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, dropout=dropout, scaling=scaling,
+                                               **keywords)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [N, heads, d]
+    if not packing.groups:
+        return torch.ops.aten._efficient_attention_forward(  # the kernel below nested tensors, without these
+            q[None], k[None], v[None], None, packing.ends, packing.ends, packing.longest, packing.longest,
+            dropout, 0, True, scale=scaling)[0], None  # [1, N, heads, d]
+    sizes, outputs = [len(place) for _, place in packing.groups], []
+    for (group, place), *parts in zip(packing.groups, *(x.split(sizes) for x in (q, k, v))):
+        is_full = len(place) == group.numel()
+        if not is_full:
+            parts = [x.new_zeros(group.numel(), *x.shape[1:]).index_copy(0, place, x) for x in parts]
+        parts = [x.unflatten(0, group.shape).transpose(1, 2) for x in parts]  # [rows, heads, longest, d]
+        mask = None if is_full else group[:, None, None]
+        output = scaled_dot_product_attention(*parts, mask, dropout, scale=scaling)
+        output = output.transpose(1, 2).flatten(0, 1)  # [rows * longest, heads, d]
+        outputs.append(output if is_full else output.index_select(0, place))
+    return torch.cat(outputs)[None], None
+
+
+def batch_on(device: torch.device, model: nn.Module, make: Callable, examples: list[dict],
+             is_packed: bool = True) -> dict:
+    """The examples as one batch on the device, without a wait for it; packed if the model allows it."""
+
+    def move(value: torch.Tensor) -> torch.Tensor:
+        return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+
+    batch, packing = make(examples), {}
+    if model.config._attn_implementation == "packed" and "attention_mask" in batch:
+        mask = batch["attention_mask"].flatten(0, -2).bool()  # [sequences, T]
+        if mask.all():
+            del batch["attention_mask"]
+        elif is_packed:
+            packing["packing"] = Packing(mask, move, device.type == "cuda")
+    return {key: move(value) for key, value in batch.items()} | packing
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run's folder
+# ------------------------------------------------------------------------------------------------------------
 
 
 def fingerprint(rows: dict[str, list[dict]]) -> str:
@@ -652,7 +714,7 @@ def introduce(settings: Settings, splits: dict, encoded: dict, blocks: int, lang
     print(f"\n{settings.task}, {settings.method}: {len(splits['train'])} training examples in "
           f"{len(encoded['train'])} sequences, {settings.steps} steps of {settings.batch_size}, lr "
           f"{settings.lr:g} {settings.decay}, k {settings.k}, {blocks} blocks, {settings.max_length} tokens, "
-          f"seed {settings.seed}, {device}; {len(splits['validation'])} validation examples; test languages "
+          f"seed {settings.seed}, {device}, {settings.precision}; {len(splits['validation'])} validation examples; test languages "
           f"{' '.join(languages) or 'none'}")
     own = [language for language, stacked in languages.items() if language == stacked]
     lacking = [language for language, stacked in languages.items() if language != stacked]
@@ -837,7 +899,9 @@ def read_run(folder: Path) -> dict | None:
             print(f"note: {folder} is of {run['task']} by {run['method']}, unknown here, and is left out")
             return None
         defaults = {entry.name: entry.default for entry in dataclasses.fields(Settings)[1:]}
-        run["settings"] = defaults | run.get("settings", {"k": run.get("k"), "steps": run.get("steps")})
+        own = run.get("settings", {"k": run.get("k"), "steps": run.get("steps")})
+        defaults["precision"] = "bf16" if own.pop("bf16", False) else "fp32"  # of runs that name none
+        run["settings"] = defaults | own
         assert isinstance(run["settings"]["fisher_labels"], str) and isinstance(run.get("data", ""), str)
         metrics = run["scores"]["en"].keys()
         assert isinstance(run["average"], dict) and isinstance(run.get("language_adapters", {}), dict)
@@ -1072,6 +1136,8 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("task", choices=list(TASKS), help="or `report FOLDER…`: tables over finished runs")
     for entry in dataclasses.fields(Settings)[1:]:
         parser.add_argument("--" + entry.name.replace("_", "-"), default=entry.default, **entry.metadata)
+    parser.add_argument("--bf16", action="store_const", const="bf16", dest="precision",
+                        help="short for --precision bf16")
     given = vars(parser.parse_args(arguments))
     if given["method"] == "full":  # it has none of either
         given |= {"adapter": "pfeiffer", "language_adapters": "none"}

@@ -1,7 +1,8 @@
 """Benchmarks: every figure is a ratio within one run, since absolute seconds belong to one machine.
 
     python extras/bench.py steps     # a training step by the number of open blocks, and where its time goes;
-                                     # --data FOLDER adds epochs of xnli on it, --peer what `peer` prints
+                                     # --data FOLDER adds epochs of xnli on it, --peer what `peer` prints;
+                                     # --size base: XLM-R base by batch and precision instead, for a GPU
     python extras/bench.py peer      # forward pass, training step and memory against AdapterHub's library,
                                      # in an environment that has adapters==1.3.0
     python extras/bench.py fisher    # tr(F) against a training pass, a loop over examples and torch.func
@@ -26,6 +27,7 @@ from itertools import accumulate
 from operator import truediv
 from pathlib import Path
 from statistics import mean, median
+from types import SimpleNamespace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -100,6 +102,99 @@ def steps() -> None:
         print(f"| {tokens} | {' | '.join(cells)} | {standard:.0f} ms | {flops / product_ms / 1e6:.0f} GFLOP "
               f"| {memory:.2f} |", flush=True)
     where(partial(step, new_batch(model, 64)))
+
+
+# Tokens of MNLI's training pairs in XLM-R's vocabulary, cut at 128: their 0th, 5th, … 100th percentile.
+MNLI_TOKENS = (6, 17, 21, 24, 26, 29, 31, 34, 36, 39, 41, 44, 46, 49, 52, 56, 59, 64, 70, 80, 128)
+
+
+def pairs_like_mnli(count: int) -> list[dict]:
+    """Examples of random tokens, as long as MNLI's."""
+    place = 20 * torch.rand(count)
+    low = torch.tensor(MNLI_TOKENS)[place.long()]
+    lengths = low + ((torch.tensor(MNLI_TOKENS)[place.long() + 1] - low) * place.frac()).long()
+    return [{"input_ids": torch.randint(5, 1000, (length,)), "attention_mask": torch.ones(length).long(),
+             "labels": length % 3} for length in lengths.tolist()]
+
+
+def base() -> None:
+    """Print time and memory of a step of XLM-R base (random weights) by precision, open blocks and batch."""
+    sys.path.insert(0, str(ROOT))
+    import unfreeze
+    from adapters import add_task_adapters
+    from fisher import fisher_trace
+    from tasks import pad, predict, tokens_of, TASKS
+    unfreeze.keep_freed_memory()
+    device, task = unfreeze.device_of(unfreeze.parse(["xnli"])), TASKS["xnli"]
+    torch.manual_seed(0)
+    model = XLMRobertaForSequenceClassification(XLMRobertaConfig(
+        vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1, num_labels=3)).to(device)
+    blocks = add_task_adapters(model)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-5, weight_decay=0.0, fused=True)
+    unfreeze.allow_packing(model)
+    tokenizer = SimpleNamespace(pad_token_id=1, pad_token_type_id=0, padding_side="right")
+    collate = partial(unfreeze.batch_on, device, model, partial(pad, tokenizer=tokenizer))
+    batches = [sorted(pairs_like_mnli(4 * ROWS), key=tokens_of) for _ in range(8)]
+
+    def step(kind: str, count: int, precision: str) -> None:
+        model.train()
+        open_top(blocks, count)
+        batches.append(batches.pop(0))
+        batch = collate(batches[0], is_packed=kind == "packed")
+        if kind == "padded to 128":
+            batch = padded_to_128(batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = task.loss(model, batch)
+        loss.backward()
+        update(optimizer)
+
+    real = mean(sum(map(tokens_of, batch)) for batch in batches)
+    print(f"XLM-R base, {4 * ROWS} pairs as long as MNLI's ({real:.0f} tokens a batch), {describe(model)}; ms a "
+          "step (over padding to 128), GiB at the peak beyond the weights")
+    kinds = ("padded to 128", "padded to the longest", "packed")
+    print("| precision | open | " + " | ".join(kinds) + " | peak memory |\n|---|---|" + "---|" * 4)
+    for precision in ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16"):
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        for count in (12, 1):
+            run = {kind: partial(step, kind, count, precision) for kind in kinds}
+            for variant in run.values():
+                variant()
+            ratios, ms = median_ratios(run, kinds[0])
+            memory = [peak_memory(variant) / 2**30 for variant in run.values()]
+            print(f"| {precision} | {count} | " + " | ".join(
+                f"{ratios[kind] * ms:.1f} ({ratios[kind]:.2f})" for kind in kinds) + " | "
+                + ", ".join(f"{gib:.2f}" for gib in memory) + " |", flush=True)
+    precision = unfreeze.PRECISION[device.type]
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if device.type == "cuda":
+        for count in (12, 1):
+            with torch.profiler.profile() as profile:
+                step("packed", count, precision)
+                torch.cuda.synchronize()
+            events = profile.key_averages()
+            launches = sum(event.count for event in events if "LaunchKernel" in event.key)
+            busy = sum(event.self_device_time_total for event in events) / 1000
+            print(f"packed, {precision}, {count} open: {launches} launches, {busy:.1f} ms on the device")
+    tests = [example for batch in batches for example in batch] * (5 if device.type == "cuda" else 1)
+    one = collate(batches[0], is_packed=False)
+    open_top(blocks, 12)
+    ratios, ms = median_ratios({
+        "pass": lambda: torch.autograd.grad(model.eval()(**one).loss, learned),
+        "trace": lambda: fisher_trace(model, 4 * [{**one}], blocks),
+        "packed": lambda: predict(task, model, tests, collate, nullcontext),
+        "padded": lambda: predict(task, model, tests, partial(collate, is_packed=False), nullcontext)},
+        base="pass", rounds=min(5, ROUNDS))
+    print(f"{precision}: tr(F) of four batches over four padded passes {ratios['trace'] / 4:.2f}; testing "
+          f"{len(tests)} pairs {ratios['packed'] * ms:.0f} ms, {ratios['packed'] / ratios['padded']:.2f} of "
+          "the same padded")
+
+
+def padded_to_128(batch: dict) -> dict:
+    ids, add = batch["input_ids"], (0, 128 - batch["input_ids"].shape[1])
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    return batch | {"input_ids": torch.nn.functional.pad(ids, add, value=1),
+                    "attention_mask": torch.nn.functional.pad(mask, add)}
 
 
 def update(optimizer: torch.optim.Optimizer) -> None:
@@ -177,68 +272,74 @@ def epoch(data: str, folder: str) -> None:
     from fisher import fisher_trace
     from tasks import TASKS, load_data, load_model, predict, sampled, tokens_of
     unfreeze.keep_freed_memory()
-    task, cpu = TASKS["xnli"], torch.device("cpu")
+    task = TASKS["xnli"]
     settings = unfreeze.parse(["xnli", "--data", data, "--model", folder, "--test-examples", str(2 * BATCHES),
                                "--train-examples", str(BATCHES * ROWS), "--batch-size", str(ROWS)])
     rows, labels = load_data(settings)
     splits = sampled(rows, settings)
     tokenizer, model, blocks = load_model(settings, labels)
+    unfreeze.allow_packing(model)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-5, weight_decay=0.0, fused=True)
     examples = task.encode(splits["train"], tokenizer, 128, labels)
-    batches = [[examples[i] for i in chosen] for chosen in torch.randperm(
+    batches = [sorted((examples[i] for i in chosen), key=tokens_of) for chosen in torch.randperm(
         len(examples), generator=torch.Generator().manual_seed(0)).split(ROWS)]
-    longest, fixed = task.collator(tokenizer), task.collator(tokenizer, padding="max_length", max_length=128)
-    collate = partial(unfreeze.to_device, pad=longest, device=cpu)
+    collate = partial(unfreeze.batch_on, torch.device("cpu"), model, partial(task.batch, tokenizer=tokenizer))
+    padded = partial(collate, is_packed=False)
 
-    def step(parts: list, pad, count: int) -> float:
+    def fixed(rows: list[dict]) -> dict:
+        return padded_to_128(padded(rows))
+
+    def step(rows: list[dict], batch_of, count: int) -> float:
         started = time.perf_counter()
         model.train()
         open_top(blocks, count)
-        unfreeze.backward(parts, lambda part: task.loss(model, unfreeze.to_device(part, pad, cpu)))
+        task.loss(model, batch_of(rows)).backward()
         update(optimizer)
         return time.perf_counter() - started
 
     def measure() -> float:
         started, generator = time.perf_counter(), torch.Generator().manual_seed(0)
-        fisher_trace(model, unfreeze.fisher_batches(settings, examples, generator, collate), blocks)
+        fisher_trace(model, unfreeze.fisher_batches(settings, examples, generator, padded), blocks)
         return time.perf_counter() - started
 
     seconds, computed, traces = defaultdict(float), defaultdict(int), []
     for i, batch in enumerate(batches):
-        parts = unfreeze.parts_of(batch, unfreeze.PART_TOKENS["cpu"])
-        variants = {"padded to 128": ([batch], fixed, 12), "padded to the longest": ([batch], longest, 12),
-                    "in parts": (parts, longest, 12), "in parts, gu": (parts, longest, min(12, 1 + i)),
-                    "in parts, one block open": (parts, longest, 1)}
-        for name, (parts, pad, count) in list(variants.items())[:: -1 if i % 2 else 1]:
-            seconds[name] += step(parts, pad, count)
-            computed[name] += sum(len(part) * (128 if pad is fixed else max(map(tokens_of, part)))
-                                  for part in parts)
+        variants = {"padded to 128": (fixed, 12), "padded to the longest": (padded, 12),
+                    "packed": (collate, 12), "packed, gu": (collate, min(12, 1 + i)),
+                    "one block open, padded to 128": (fixed, 1), "one block open, packed": (collate, 1)}
+        for name, (batch_of, count) in list(variants.items())[:: -1 if i % 2 else 1]:
+            seconds[name] += step(batch, batch_of, count)
+            width = {fixed: 128, padded: tokens_of(batch[-1])}.get(batch_of)
+            computed[name] += len(batch) * width if width else sum(map(tokens_of, batch))
         if i % 8 == 0:
             traces.append(measure())
     fisher_seconds = 11 * median(traces) * len(batches) / STEPS  # of this many steps' share
-    seconds["in parts, fun at most"] = seconds["in parts"] + fisher_seconds
-    base, real = seconds["padded to 128"], sum(map(tokens_of, examples))
+    seconds["packed, fun at most"] = seconds["packed"] + fisher_seconds
+    real = sum(map(tokens_of, examples))
     print(f"an epoch of {len(examples)} pairs of MNLI in batches of {ROWS}, {describe(model)}")
     print("| batches | time over padding to 128 | real tokens |\n|---|---|---|")
     for name in seconds:
         share = f"{100 * real / computed[name]:.0f} %" if name in computed else ""
-        print(f"| {name} | {seconds[name] / base:.2f} | {share} |")
-    at_most = seconds["in parts, fun at most"]
-    print(f"\nfun over gu at most {at_most / seconds['in parts, gu']:.2f}: every step as long as standard's, "
-          f"and 11 measurements of tr(F) in {STEPS} steps, "
-          f"{100 * fisher_seconds / at_most:.1f} % of its time")
+        print(f"| {name} | {seconds[name] / seconds['padded to 128']:.2f} | {share} |")
+    at_most, one_open = seconds["packed, fun at most"], seconds["one block open, packed"]
+    print(f"\none block open, packed over padded to 128: {one_open / seconds['one block open, padded to 128']:.2f}"
+          f"\nfun over gu at most {at_most / seconds['packed, gu']:.2f}: every step as long as standard's, and "
+          f"11 measurements of tr(F) in {STEPS} steps, {100 * fisher_seconds / at_most:.1f} % of its time")
+    many = examples[:128]
+    _, ms = median_ratios({"collation": lambda: collate(sorted(many, key=tokens_of))}, base="collation")
+    print(f"making a batch of {len(many)} pairs: {ms:.2f} ms")
 
     @torch.inference_mode()
-    def in_file_order(rows: list, pad) -> None:
+    def in_file_order(rows: list[dict], batch_of) -> None:
         model.eval()
         for start in range(0, len(rows), 64):
-            model(**unfreeze.to_device(rows[start : start + 64], pad, cpu))
+            model(**batch_of(rows[start : start + 64]))
 
     tests = [task.encode(splits[language], tokenizer, 128, labels) for language in list(splits)[2:]]
     ratios, _ = median_ratios({
         "ours": lambda: [predict(task, model, rows, collate, nullcontext) for rows in tests],
-        "longest": lambda: [in_file_order(rows, longest) for rows in tests],
+        "longest": lambda: [in_file_order(rows, padded) for rows in tests],
         "128": lambda: [in_file_order(rows, fixed) for rows in tests]}, base="longest", rounds=1)
     print(f"\ntesting {len(tests)} languages, over batches of 64 in file order: {ratios['ours']:.2f} if "
           f"padded to the longest, {ratios['ours'] / ratios['128']:.2f} if padded to 128")
@@ -428,12 +529,13 @@ if __name__ == "__main__":
     parser.add_argument("name", choices=benchmarks)
     parser.add_argument("--data", help="for steps: a folder as unfreeze.py xnli takes it")
     parser.add_argument("--model", default=str(ROOT / "demo/model"), help="for steps with --data")
+    parser.add_argument("--size", choices=["small", "base"], default="small", help="for steps: of the model")
     parser.add_argument("--peer", action="store_true", help="for steps: peer's table too")
     parser.add_argument("--quick", action="store_true", help="one round of small batches")
     given = parser.parse_args()
     if given.quick:
         ROWS, ROUNDS, BATCHES, EXAMPLES = 4, 1, 4, 32
-    benchmarks[given.name]()
+    (base if given.size == "base" else benchmarks[given.name])()
     if given.data:
         epoch(given.data, given.model)
     if given.peer:  # in a process of its own: the library and adapters.py have one name
