@@ -499,10 +499,11 @@ def save_adapter(model: nn.Module, name: str, folder: str | Path, with_head: boo
     modules, record, prefix = _modules(model, name), _record(model), model.base_model_prefix
     weights = {f"{prefix}.{path}.{key}": value for path, module in modules.items()
                for key, value in _file_weights(module).items()}
-    kind = {"type": "text_lang"} if name in record.languages else {}
+    is_language, is_invertible = name in record.languages, record.configs[name].get("inv_adapter")
+    kind = {"type": "text_lang" if is_language else "text_task"} if is_language or is_invertible else {}
     facts = {"config": record.configs[name], "name": name} | kind | _model_facts(model)
     _write_folder(folder, "adapter_config.json", facts, "pytorch_adapter.bin", weights)
-    if with_head and not kind and _head(model):
+    if with_head and not is_language and _head(model):
         save_head(model, folder)
 
 
@@ -566,19 +567,24 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, name: str | None = None) -> str:
+def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, name: str | None = None,
+                 language: bool | None = None) -> str:
     """Load a bottleneck adapter (with its invertible block) or a LoRA that AdapterHub's library or we saved.
 
     A task adapter or LoRA is in play and trainable at once. The head beside it, or in the same run's folder
     (then the one to name), is loaded with its labels' names if it was saved from the same class of model; a
-    warning says so where the model's own head stays. A language adapter (one with an invertible block, or of
-    type `text_lang`) is frozen and waits for `set_language`.
+    warning says so where the model's own head stays. A language adapter is frozen and waits for
+    `set_language`. Which of the two it is, `language` says, or else its file's type. Without either, one with
+    an invertible block is taken for a task adapter if a head other than a masked-LM head is beside it (the
+    paper's code trains such, with `pfeiffer+inv`), or else for a language adapter, and a warning says so.
+    A task adapter's invertible block is in play, as in AdapterHub's library, while no language adapter stands
+    below: only a stack's first adapter has its block in play. It is trainable, but in no block of a layer.
     Returns the adapter's name: `name`, or else the file's.
     Raises FileNotFoundError if there is no such folder or hub repository, ValueError if its files are broken,
     do not fit the model, ask for what is not computed here or name the model's labels in another order. Then
     the model is as it was.
     """
-    return _load(model, folder_or_hub_id, name, language=None)
+    return _load(model, folder_or_hub_id, name, language)
 
 
 def load_head(model: nn.Module, folder: str | Path) -> None:
@@ -596,10 +602,15 @@ def _load(model: nn.Module, source: str | Path, name: str | None, language: bool
     config = _read_config(folder, facts)
     weights = {_modern(key).removeprefix(model.base_model_prefix + "."): value for key, value
                in _read_weights(model, folder, "adapter.safetensors", "pytorch_adapter.bin").items()}
-    kind = facts.get("type", "text_lang" if config.get("inv_adapter") else "text_task")
-    if kind == "text_task" and not any(key.startswith("invertible_adapters.") for key in weights):
+    if language is None and ("type" in facts or not config.get("inv_adapter")):
+        language = facts.get("type") == "text_lang"
+    head_facts = {}
+    if not language and (head_folder / "head_config.json").is_file():
+        head_facts = _read_facts(head_folder / "head_config.json", model)
+    language = _guessed(source, head_facts) if language is None else language
+    is_task = not language or facts.get("type") == "text_task"
+    if is_task and not any(key.startswith("invertible_adapters.") for key in weights):
         config |= {"inv_adapter": None}  # early task adapters have one in their config and none in the file
-    language = kind == "text_lang" if language is None else language
     name = name or facts["name"]
     _check_new(model, name)
     with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced at once
@@ -607,11 +618,9 @@ def _load(model: nn.Module, source: str | Path, name: str | None, language: bool
     expected = {f"{path}.{key}": value for path, module in modules.items()
                 for key, value in _file_weights(module).items()}
     _check_fit(folder, expected, weights)
-    head, kind = None, None
-    if not language and (head_folder / "head_config.json").is_file():
-        kind = _read_facts(head_folder / "head_config.json", model)["model_class"]
-        if kind == type(model).__name__:
-            head = _read_head(model, head_folder)
+    head, kind = None, head_facts.get("model_class")
+    if not language and kind == type(model).__name__:
+        head = _read_head(model, head_folder)
     if not language and head is None and _head(model):
         reason = f"the one beside the adapter is of a {kind}" if kind else "there is none beside the adapter"
         warnings.warn(f"{source}: the model keeps its own head, since {reason}", stacklevel=3)
@@ -621,6 +630,19 @@ def _load(model: nn.Module, source: str | Path, name: str | None, language: bool
     if head:
         _put_head(model, *head)
     return name
+
+
+def _guessed(source: str | Path, head: dict) -> bool:
+    """Whether an adapter with an invertible block and no type is a language's, by the head beside it."""
+    config = head.get("config")  # a flexible head's has its type
+    is_masked_lm = "ForMaskedLM" in str(head.get("model_class")) or (
+        isinstance(config, dict) and config.get("head_type") == "masked_lm")
+    language = not head or is_masked_lm
+    reason = f"the head is of a {head['model_class']}" if head else "no head is at hand"
+    warnings.warn(f"{source} has an invertible block and no type, and {reason}: taken for a "
+                  f"{'language' if language else 'task'} adapter; language={not language} makes it the other",
+                  stacklevel=4)
+    return language
 
 
 def _fetch(source: str | Path) -> Path:

@@ -15,7 +15,7 @@ weight gradient is formed, and `requires_grad` plays no part: frozen blocks are 
 LayerNorm, Embedding and LoRA (y = s B A x is two such layers) work alike; any other parameter takes a pass
 backward per example, and so does one whose layer does not see [B, ...] (for multiple choice [B * C, ...]) or
 that is used outside its layer: a second forward pass, of one example of the batch alone, tells which.
-The official code takes the argmax label and squares the gradient of the batch mean: labels="official".
+labels="official" is what the paper's code computes instead (see `fisher_trace`).
 """
 
 import warnings
@@ -45,9 +45,13 @@ def fisher_trace(
     labels: "sampled" draws one y per example from the model's own output (equation 1) with `generator` (None:
     a fresh one with seed 0); "exact" takes the expectation over all C classes, in C backward passes; "argmax"
     the likeliest class; "gold" the batch's own labels (the empirical Fisher). "official" is the official
-    repository's estimator: argmax, the squared gradient of the batch mean over the batch size, summed.
+    repository's estimator: the sum over batches of || grad m ||^2 / B, where m is the mean of log p over the
+    rows of logits of a batch, each with its likeliest class. A batch has B rows or, of a span, 2 B: start and
+    end logits one below the other, with padding among the classes. B is the first batch's, as a loader gives
+    all of them but the last. It gives the paper's ranking if fed as there: 41 batches of a shuffled loader.
     The model runs in eval mode and returns `.logits` [B, C], or `.start_logits` and `.end_logits` [B, T] with
-    log p = log p_start + log p_end, over positions where `attention_mask` ([B, T] or [B, 1, 1, T]) is not 0.
+    log p = log p_start + log p_end, but for "official" over positions where `attention_mask` ([B, T] or
+    [B, 1, 1, T]) is not 0.
     Parameters, `.grad`, `requires_grad`, modes, hooks and the global random state are left as they were, also
     after an exception. `torch.no_grad()` and `torch.inference_mode()` around the call make no difference.
     Raises ValueError for unknown labels, no batches, a block without parameters or that the model does not
@@ -98,14 +102,16 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
     slow = _without_formula(owners)
     _warn(slow, owners)
     generator = generator or torch.Generator().manual_seed(0)
-    examples, used, known = 0, set(), set()
+    examples, first, used, known = 0, 0, set(), set()
     with _restored(model), _recorder(owners, slow) as tape:
+        tape.masked = labels != "official"
         for batch in batches:
             inputs = {key: _usable(value) for key, value in batch.items() if key not in TARGETS}
             log_p, calls = _forward(model, inputs, slow, tape)
             size = len(log_p[0])
             if not size:
                 continue
+            first = first or size
             shapes = _shapes_of_an_example(calls, size)
             if not examples or not shapes <= known:
                 known |= {shape for shape in shapes if shape[2] > 2}  # fewer: perhaps other rows next time
@@ -120,8 +126,9 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
                 last = number + 1 == len(draws)
                 for parameter, x, g in _gradients(chosen, calls, owners, slow, keep_graph=not last):
                     used.add(parameter)
-                    if labels == "official":  # the batch as one example, its mean gradient squared over B
-                        x, g = None if x is None else x.flatten(0, 1)[None], g.flatten(0, 1)[None] / size**1.5
+                    if labels == "official":  # the batch as one example: its mean gradient over the root of B
+                        rows = size * len(log_p) * first**0.5
+                        x, g = None if x is None else x.flatten(0, 1)[None], g.flatten(0, 1)[None] / rows
                     add(parameter, x, g)
             examples += size
     if not examples:
@@ -219,8 +226,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
 def _recorder(owners: dict, slow: set) -> Iterator[SimpleNamespace]:
     """While `tape.on`, `tape.calls` gets by module each call's input, its version, and the output's place in
     the graph (which, unlike the output, is still true when the model has changed the output in place).
-    With `tape.cut`, outputs are cut off from the graph."""
-    tape = SimpleNamespace(on=False, cut=False, calls={})
+    With `tape.cut`, outputs are cut off from the graph; without `tape.masked`, log p counts padding, too."""
+    tape = SimpleNamespace(on=False, cut=False, masked=True, calls={})
 
     def record(module, arguments, keywords, output):
         if slow.issuperset(owners[module].values()) or not torch.is_grad_enabled():  # no gradient gets here
@@ -252,7 +259,7 @@ def _forward(model: nn.Module, inputs: dict, slow: set, tape: SimpleNamespace) -
     tape.on, tape.calls = True, {}
     output = model(**inputs)
     tape.on = False
-    return _log_probabilities(model, inputs, output), tape.calls
+    return _log_probabilities(model, inputs if tape.masked else {}, output), tape.calls
 
 
 def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dict, owners: dict, slow: set,

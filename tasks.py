@@ -765,33 +765,36 @@ def add_blocks(settings, model: nn.Module) -> list[nn.Module]:
     return [block.requires_grad_(True) for block in blocks]
 
 
-def load_language_adapters(settings, model: nn.Module, languages: list[str]) -> dict:
-    """Load the language adapters, English first; returns by language the one to stack (None: no adapter)."""
-    source, is_hub = settings.language_adapters, settings.language_adapters == "auto"
-    if source == "none" or settings.method == "full" or (is_hub and Path(settings.model).is_dir()):
-        return dict.fromkeys(languages)
-    stacked = {}
+def load_language_adapters(settings, model: nn.Module, languages: list[str]) -> tuple[dict, dict]:
+    """Load the language adapters, English first; returns by language the one to stack (None: no adapter), and
+    by adapter the hub repository or the folder that it is from."""
+    source, sources = settings.language_adapters, {}
+    folder = source.removeprefix("auto,")
+    is_hub = source in ("auto", f"auto,{folder}") and not Path(settings.model).is_dir()
+    if source == "none" or settings.method == "full":
+        return dict.fromkeys(languages), {}
+    if folder != source and not (folder and Path(folder).is_dir()):
+        raise UserError(f"--language-adapters {source}: no folder {folder!r}; it must hold LANGUAGE/ folders")
     for language in languages:
-        place = Path(source, language)
-        if is_hub:
-            place = f"AdapterHub/{Path(settings.model).name}-{language}-wiki_pfeiffer"
-        try:
-            add_language_adapter(model, language, place)
-            stacked[language] = language
-        except ValueError as error:
-            is_offline = is_hub and HF_HUB_OFFLINE
-            if language == "en" or not is_offline or try_to_load_from_cache(place, "adapter_config.json"):
-                raise UserError(f"--language-adapters {source}: {error}") from None
-            stacked[language] = "en"  # offline, what a warm cache has nothing of is what the hub lacks
-        except FileNotFoundError as error:
-            if not is_hub and (place.is_dir() or language == "en"):  # the task adapter trains above English
-                raise UserError(f"--language-adapters {source}: {error}") from None
-            if language == "en":
-                return dict.fromkeys(languages)
-            stacked[language] = "en"
-    if stacked:
+        place = f"AdapterHub/{Path(settings.model).name}-{language}-wiki_pfeiffer"
+        places = [place] * is_hub + [Path(folder, language)] * (source != "auto")
+        for place in places:
+            try:
+                add_language_adapter(model, language, place)
+                sources[language] = str(place)
+                break
+            except ValueError as error:  # offline, what a warm cache has nothing of is what the hub lacks
+                if language == "en" or isinstance(place, Path) or not HF_HUB_OFFLINE or \
+                        try_to_load_from_cache(place, "adapter_config.json"):
+                    raise UserError(f"--language-adapters {source}: {error}") from None
+            except FileNotFoundError as error:  # the task adapter trains above English
+                if isinstance(place, Path) and (place.is_dir() or language == "en"):
+                    raise UserError(f"--language-adapters {source}: {error}") from None
+        if not sources:  # none in English, and no folder that must have it
+            return dict.fromkeys(languages), {}
+    if sources:
         set_language(model, "en")
-    return stacked
+    return {language: language if language in sources else "en" for language in languages}, sources
 
 
 def save_weights(out: Path, settings, model: nn.Module, tokenizer) -> None:
@@ -866,10 +869,13 @@ def resolve(settings, model_type: str, layers: int, train_examples: int, sequenc
     epochs = None if settings.steps is not None else settings.epochs or epochs
     steps = epochs * math.ceil(sequences / batch_size) if settings.steps is None else settings.steps
     fisher_every = {"classify": 0, "mlm": 0, "copa": 50}.get(training_set, 100)  # a point of its curves
+    eval_every = 500 if settings.data is None else 0
     return dataclasses.replace(
         settings, epochs=epochs, steps=steps, batch_size=batch_size, lr=settings.lr or lr,
         decay=settings.decay or decay, k=settings.k or k or max(1, round(0.2 * steps / max(1, layers))),
         max_length=settings.max_length or TASKS[settings.task].max_length,
+        fisher_batches=settings.fisher_batches or (41 if settings.fisher_labels == "official" else 4),
+        eval_every=eval_every if settings.eval_every is None else settings.eval_every,
         fisher_every=fisher_every if settings.fisher_every is None else settings.fisher_every)
 
 

@@ -568,6 +568,71 @@ def test_a_config_by_name_a_task_adapter_without_its_invertible_block_and_old_ge
         assert other.base_model.invertible_adapters.configs["task"]["non_linearity"] == name
 
 
+OWN_BLOCK = adapters.SEQ_BN | {"inv_adapter": "nice", "inv_adapter_reduction_factor": 2}
+
+
+@pytest.mark.parametrize("head, language, is_language", [
+    ("SequenceClassification", None, False), ("MaskedLM", None, True), (None, None, True),
+    ("flexible", None, False), ("flexible masked_lm", None, True),
+    ("SequenceClassification", True, True), ("MaskedLM", False, False), (None, False, False)])
+def test_what_has_an_invertible_block_and_no_type_is_told_by_its_head_and_said(
+        head, language, is_language, tmp_path):
+    kind = "MaskedLM" if head == "MaskedLM" else "SequenceClassification"
+    save_adapter(with_adapter(tiny_model(head=kind), OWN_BLOCK), "task", tmp_path, with_head=head is not None)
+    rewrite(tmp_path, type=None)  # as the paper's code writes it
+    if "flexible" in (head or ""):
+        path, task = tmp_path / "head_config.json", head.partition(" ")[2] or "classification"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {
+            "model_class": "XLMRobertaAdapterModel", "config": {"head_type": task}}))
+    model = tiny_model(head=kind)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_adapter(model, tmp_path, language=language)
+    said = [str(warning.message) for warning in caught if "taken for a" in str(warning.message)]
+    assert len(said) == (language is None)
+    assert all(f"taken for a {'language' if is_language else 'task'} adapter" in line for line in said)
+    record = model.base_model.invertible_adapters
+    assert record.stack == ([] if is_language else ["task"])
+    assert record.languages == ({"task"} if is_language else set())
+    own = [*adapter_blocks(model, "task"), record["task"]]
+    assert {p.requires_grad for module in own for p in module.parameters()} == {not is_language}
+
+
+def test_a_task_adapters_own_invertible_block_is_in_play_without_a_language_below_and_comes_back(tmp_path):
+    model, inputs = with_adapter(tiny_model(), OWN_BLOCK).eval(), batch()
+    randomise(add_language_adapter(model, "en"), 5)
+    block = model.base_model.invertible_adapters["task"]
+    plain = with_adapter(tiny_model(), adapters.SEQ_BN).eval()  # the same layers, as a comparison shows
+    assert all(map(torch.equal, flat(adapter_blocks(plain, "task")), flat(adapter_blocks(model, "task"))))
+    randomise(add_language_adapter(plain, "en"), 5)
+
+    def through(net, value):
+        return linear(linear(value, net[0].weight, net[0].bias).clamp(min=0), net[2].weight, net[2].bias)
+
+    def couple(module, _, embedding):
+        e1, e2 = embedding.chunk(2, dim=-1)
+        y1 = e1 + through(block.F, e2)
+        return torch.cat([y1, e2 + through(block.G, y1)], -1)
+
+    alone = model(**inputs).logits
+    assert (alone - plain(**inputs).logits).abs().max() > 1e-3
+    handle = plain.base_model.embeddings.register_forward_hook(couple)
+    torch.testing.assert_close(alone, plain(**inputs).logits)
+    handle.remove()
+    for either in (model, plain):
+        set_language(either, "en")
+    above = model(**inputs).logits
+    assert torch.equal(above, plain(**inputs).logits)  # the first of a stack alone has its block in play
+    above.sum().backward()
+    assert all(parameter.grad is None for parameter in block.parameters())
+    for number, source in enumerate((model, tiny_model().eval())):
+        if number:
+            load_adapter(source, tmp_path / "0")
+            assert torch.equal(source(**inputs).logits, alone)
+        save_adapter(source, "task", tmp_path / str(number))
+    assert contents(tmp_path / "0") == contents(tmp_path / "1")
+
+
 @pytest.mark.parametrize("kind, config, message", [
     *(("task", {key: value}, f"{key} {value!r} in its config is not supported") for key, value in {
         "mh_adapter": True, "output_adapter": False, "original_ln_after": False, "is_parallel": True,
@@ -741,6 +806,9 @@ def test_adapterhubs_library_computes_the_same_with_what_we_save(kind, tmp_path)
                   ["en", "task"]),
         "gelu and norms": (lambda model: with_adapter(model, adapters.SEQ_BN | gelu), ["task"]),
         "LoRA": (lambda model: randomise(add_lora(model, r=4, alpha=6)), ["task"]),
+        "own block": (lambda model: with_adapter(model, OWN_BLOCK), ["task"]),
+        "own block, idle": (lambda model: randomise(add_language_adapter(
+            with_adapter(model, OWN_BLOCK), "en")), ["en", "task"]),
     }
     if kind == "DebertaV2":
         del cases["LoRA"]
@@ -993,17 +1061,23 @@ def test_diagonal_and_trace_equal_a_loop_over_single_examples(name, labels):
         assert sum_.item() == pytest.approx(scale, rel=1e-5)
 
 
-def test_official_is_the_squared_gradient_of_the_batch_mean_over_the_batch_size_summed_over_batches():
-    model = tiny_model().eval()
+@pytest.mark.parametrize("head", ["SequenceClassification", "MultipleChoice", "QuestionAnswering"])
+def test_official_is_the_squared_gradient_of_the_batch_mean_over_the_batch_size_summed_over_batches(head):
+    model = tiny_model(head=head).eval()
     blocks, expected = [*randomise(add_task_adapters(model)), model.roberta.embeddings], 0
-    batches = [batch(5, 7), batch(3, 4)]
+    choices = 3 if head == "MultipleChoice" else None
+    batches = [batch(5, 7, choices), batch(3, 4, choices)]  # the last of a loader's may be smaller
+    assert all((inputs["attention_mask"] == 0).any() for inputs in batches)
     model.requires_grad_(True)  # for the expectation; the measurement needs it not
     for inputs in batches:
-        log_p = outputs(model, inputs)[0]
-        loss = -log_p.max(-1).values.mean()  # of the argmax label
+        del inputs["labels"]
+        output = model(**inputs)
+        logits = output.logits if head != "QuestionAnswering" else torch.cat(  # [2 B, T], padding and all
+            [output.start_logits, output.end_logits])
+        loss = nn.functional.cross_entropy(logits, logits.argmax(1))
         squares = [sum(gradient.double().square().sum() for gradient in torch.autograd.grad(
             loss, list(block.parameters()), retain_graph=True)) for block in blocks]
-        expected += torch.stack(squares) / len(log_p)
+        expected += torch.stack(squares) / 5
     torch.testing.assert_close(fisher_trace(model, batches, blocks, "official"), expected, rtol=1e-5, atol=0)
     diagonal = fisher_diagonal(model, batches, blocks, "official")
     sums = torch.stack([sum(value.double().sum() for value in squares.values()) for squares in diagonal])
@@ -1455,6 +1529,10 @@ def history(method: str, steps: int = 9, **settings) -> list:
     ("lpft", {}, [(2, 0), (2, 1), (2, 2)]),
     ("order", {"order": [1, 2, 0]}, [(0, 1), (2, 2), (4, 0)]),
     ("none", {}, []),
+    ("gu", {"first": "top"}, [(0, 2), (2, 1), (4, 0)]),
+    ("rev", {"first": "top"}, [(0, 2), (2, 0), (4, 1)]),
+    ("order", {"first": "top", "order": [1, 2, 0]}, [(0, 2), (2, 1), (4, 0)]),
+    ("order", {"first": "top", "order": [0, 1, 2]}, [(0, 2), (2, 0), (4, 1)]),
 ])
 def test_opening_sequences(method, settings, expected):
     assert history(method, **settings) == expected
@@ -1463,6 +1541,8 @@ def test_opening_sequences(method, settings, expected):
 def test_fun_opens_the_largest_trace_measured_afresh_and_only_when_it_chooses():
     traces = iter([[5.0, 9.0, 1.0], [5.0, 99.0, 5.0]])  # 1; then 2, of equals the higher, 1 being open
     assert history("fun", score=lambda: next(traces)) == [(0, 1), (2, 2), (4, 0)]
+    traces = iter([[5.0, 1.0, 99.0]])  # with the top block first, it chooses once
+    assert history("fun", score=lambda: next(traces), first="top") == [(0, 2), (2, 0), (4, 1)]
     assert next(traces, "all read") == "all read"
 
 
@@ -1479,6 +1559,8 @@ def test_rand_opens_every_block_once_by_its_seed_and_all_orders_occur():
     assert orders == [tuple(block for _, block in history("rand", seed=seed)) for seed in range(60)]
     assert set(orders) == set(itertools.permutations(range(3)))
     assert [step for step, _ in history("rand")] == [0, 2, 4]
+    assert {tuple(history("rand", seed=seed, first="top")) for seed in range(60)} == {
+        ((0, 2), (2, 0), (4, 1)), ((0, 2), (2, 1), (4, 0))}
 
 
 def test_a_repeated_step_opens_nothing():
@@ -1486,26 +1568,30 @@ def test_a_repeated_step_opens_nothing():
     assert [unfreezer.step(0), unfreezer.step(0), unfreezer.step(1), unfreezer.step(2)] == [[2], [], [], [1]]
 
 
-@pytest.mark.parametrize("method", ["gu", "rand", "fun", "lpft"])
+@pytest.mark.parametrize("method, first", [*zip(("gu", "rand", "fun", "lpft"), [None] * 4),
+                                           ("rand", "top"), ("fun", "top"), ("rev", "top")])
 @pytest.mark.parametrize("stop", range(1, 6))
-def test_a_schedule_continues_where_it_was_saved(method, stop, tmp_path):
+def test_a_schedule_continues_where_it_was_saved(method, first, stop, tmp_path):
     def new():
-        return Unfreezer(linears(5), method, k=1, score=lambda: [3, 1, 4, 1, 5], seed=7)
+        return Unfreezer(linears(5), method, k=1, score=lambda: [3, 1, 4, 1, 5], seed=7, first=first)
 
-    whole, first, second = new(), new(), new()
+    whole, begun, second = new(), new(), new()
     for step in range(8):
         whole.step(step)
     for step in range(stop):
-        first.step(step)
-    torch.save(first.state_dict(), tmp_path / "state.pt")
+        begun.step(step)
+    torch.save(begun.state_dict(), tmp_path / "state.pt")
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert second.trainable == first.trainable
-    assert [i for i, block in enumerate(second.blocks) if block.weight.requires_grad] == first.trainable
+    assert second.trainable == begun.trainable
+    assert [i for i, block in enumerate(second.blocks) if block.weight.requires_grad] == begun.trainable
     for step in range(stop, 8):
         second.step(step)
     assert second.history == whole.history and second.trainable == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="saved schedule has k 1"):
-        Unfreezer(linears(5), method, k=2, score=list, seed=7).load_state_dict(first.state_dict())
+        Unfreezer(linears(5), method, k=2, score=list, seed=7).load_state_dict(begun.state_dict())
+    if first:
+        with pytest.raises(ValueError, match="saved schedule has first 'top', this one None"):
+            Unfreezer(linears(5), method, k=1, score=list).load_state_dict(begun.state_dict())
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -1513,6 +1599,9 @@ def test_a_schedule_continues_where_it_was_saved(method, stop, tmp_path):
     ({"method": "gu", "k": 0}, "k must be"), ({"method": "gu", "k": 2.0}, "k must be"),
     ({"method": "fun", "k": 1}, "needs `score`"), ({"method": "order", "k": 1}, "order must hold"),
     ({"method": "order", "k": 1, "order": [0, 0, 1]}, "order must hold"),
+    ({"method": "rev", "k": 1, "first": "bottom"}, "first must be None or"),
+    *(({"method": method, "k": 1, "first": "top"}, "but for standard, lpft and none")
+      for method in ("lpft", "standard", "none")),
 ])
 def test_impossible_schedules_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -1660,6 +1749,19 @@ def test_a_run_leaves_what_it_promises_and_the_same_seed_gives_the_same_bits(ass
         if len(frozen_before) > 1 and event["step"] in (0, 2, 4):  # FUN took the largest of those then frozen
             assert opened[-1] == max(frozen_before, key=event["trace"].__getitem__)
     assert "open 4/4" in run.stderr and "loss" in run.stderr and "tr(F)" in run.stdout
+
+
+@pytest.mark.parametrize("labels, count", [("sampled", 4), ("official", 41)])
+def test_the_official_estimator_gets_batches_as_a_loader_draws_them(labels, count):
+    settings = tasks.resolve(unfreeze.Settings("xnli", data="here", batch_size=3, fisher_labels=labels),
+                             "bert", 12, 500, 500)
+    examples = [{"input_ids": [i] * (1 + i * 7 % 11)} for i in range(500)]
+    batches = unfreeze.fisher_batches(settings, examples, torch.Generator().manual_seed(4), list)
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(4)).tolist()[: 3 * count]
+    if labels == "sampled":
+        order.sort(key=lambda i: i * 7 % 11)
+    assert [[row["input_ids"][0] for row in rows] for rows in batches] == [
+        order[start : start + 3] for start in range(0, 3 * count, 3)]
 
 
 def test_another_seed_and_another_method_give_another_adapter_but_measuring_does_not(assets, tmp_path):
@@ -1929,12 +2031,16 @@ def test_presets_are_the_papers_tables_and_every_value_can_be_overridden(line):
         assert found.steps == found.epochs * -(-(examples + 5) // int(batch_size))
         assert found.max_length == (384 if task in ("xquad", "mlqa") else 128)
         assert found.fisher_every == (50 if task == "xcopa" else 100)
+        assert (found.eval_every, found.fisher_batches) == (500, 4)
         given = {"k": 3, "lr": 0.5, "batch_size": 7, "epochs": 2, "decay": "constant", "max_length": 99,
-                 "fisher_every": 0}
+                 "fisher_every": 0, "eval_every": 0, "fisher_batches": 9}
         changed = tasks.resolve(dataclasses.replace(settings, **given), model, 12, examples, examples)
         assert given.items() <= dataclasses.asdict(changed).items()
     full = tasks.resolve(unfreeze.Settings(task, method="full"), model, 0, examples, examples)
     assert full.lr == 2e-5 and full.epochs == epochs
+    local = tasks.resolve(unfreeze.Settings(task, method="fun", data="here", fisher_labels="official"), model,
+                          12, examples, examples)
+    assert (local.eval_every, local.fisher_batches) == (0, 41)
 
 
 @pytest.mark.parametrize("decay, rates", [("linear", [0.0055, 0.0005]), ("constant", [0.01, 0.01])])
@@ -2277,6 +2383,10 @@ BAD_INPUTS = {
     "order without method": ("--order 3,2,1,0", None, "--order"),
     "order incomplete": ("--method order --order 3,2", None, "each of the blocks 0..3 once"),
     "order twice": ("--method order --order 3,2,1,1", None, "each of the blocks 0..3 once"),
+    "first without one": ("--method lpft --first top", None, "--first top: lpft opens no block at step 0"),
+    "the bottom one first": ("--first bottom", None, "invalid choice: 'bottom'"),
+    "validation every -1": ("--eval-every -1", None, "--eval-every must be at least 0"),
+    "another validation": ("--eval-every 5", None, "is of a run with --eval-every 0, not 5"),
     "order of words": ("--method order --order top", None, "--order top"),
     "language of a task": ("--language th", None, "--language is for mlm"),
     "language adapters": ("--language-adapters /no/such", None, "no adapter folder /no/such/en"),
@@ -2748,6 +2858,49 @@ def test_auto_takes_the_hubs_adapters_for_a_hub_model(assets, languages, hub, tm
     assert last.startswith("error: --language-adapters auto: ") and "holds no readable weights" in last
 
 
+def test_a_folder_fills_in_the_languages_that_the_hub_lacks(assets, languages, hub, tmp_path):
+    folder, environment = hub
+    own = tmp_path / "own"
+    shutil.copytree(assets / "model", folder / "someone/tiny")
+    shutil.copytree(languages / "en", folder / "AdapterHub/tiny-en-wiki_pfeiffer")
+    model = transformers.XLMRobertaModel.from_pretrained(assets / "model")
+    for seed, (language, name) in enumerate((("en", "en"), ("de", "de"), ("zh-CN", "other")), 7):
+        randomise(add_language_adapter(model, language), seed)
+        save_adapter(model, language, own / name)
+
+    def run(out: str, source: str, **changes) -> subprocess.CompletedProcess:
+        arguments = command(assets, tmp_path / out, "--model", "someone/tiny", "--language-adapters", source)
+        return subprocess.run([sys.executable, HERE / "unfreeze.py", *arguments], text=True, cwd=tmp_path,
+                              capture_output=True, env=environment | changes)
+
+    first = run("mixed", "auto,own")  # the hub's English, the folder's German, nobody's Chinese
+    assert first.returncode == 0, first.stderr
+    assert "language adapters: en de (own/de); none for zh-CN, tested with the English one" in first.stdout
+    results = json.loads((tmp_path / "mixed/results.json").read_text())
+    assert results["language_adapters"] == {"en": "en", "de": "de", "zh-CN": "en"}
+    assert results["language_adapter_sources"] == {
+        "en": "AdapterHub/tiny-en-wiki_pfeiffer", "de": "own/de"}
+    shutil.copytree(languages / "en", tmp_path / "same/en")  # the same adapters as one folder: the same bits
+    shutil.copytree(own / "de", tmp_path / "same/de")
+    assert unfreeze.main(command(assets, tmp_path / "one", "--language-adapters", tmp_path / "same")) == 0
+    mixed, one = (outcome(tmp_path / name) for name in ("mixed", "one"))
+    weights = ("adapter/pytorch_adapter.bin", "head/pytorch_model_head.bin")
+    assert all(mixed[name] == one[name] for name in (*weights, "log.jsonl", "predictions/de.jsonl"))
+    offline = run("offline", "auto,own", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0 and outcome(tmp_path / "offline") == mixed, offline.stderr
+    shutil.copytree(languages / "de", folder / "AdapterHub/tiny-de-wiki_pfeiffer")  # the hub's comes first
+    again = run("both", "auto,own")
+    assert again.returncode == 0 and "language adapters: en de; none for zh-CN" in again.stdout, again.stderr
+    shutil.rmtree(folder / "AdapterHub/tiny-en-wiki_pfeiffer")
+    shutil.rmtree(own / "en")
+    shutil.rmtree(tmp_path / "cache")
+    assert "no adapter folder own/en" in one_line(run("none", "auto,own"))  # English must be somewhere
+    local = unfreeze.parse(command(assets, tmp_path / "local", "--language-adapters", f"auto,{languages}"))
+    _, model, _ = tasks.load_model(local, [0, 1])  # there are no adapters of the hub's for a local model
+    assert tasks.load_language_adapters(local, model, ["en", "de", "zh-CN"]) == (
+        {"en": "en", "de": "de", "zh-CN": "en"}, {name: str(languages / name) for name in ("en", "de")})
+
+
 def mlm(assets: Path, out: Path, *options) -> list[str]:
     text = assets / "text.txt"
     if not text.exists():
@@ -2838,6 +2991,8 @@ def test_text_becomes_sequences_without_loss(assets):
 BAD_LANGUAGES = {
     "no such folder": (["--language-adapters", "/no/such"], None, "no adapter folder /no/such/en"),
     "no relative folder": (["--language-adapters", "such"], None, "no adapter folder such/en"),
+    "no such folder beside the hub": (["--language-adapters", "auto,/no/such"], None, "no folder '/no/such'"),
+    "no name beside the hub": (["--language-adapters", "auto,"], None, "auto,: no folder ''"),
     "no English adapter": ([], lambda folder: shutil.rmtree(folder / "en"), "languages/en: name one with"),
     "cut German": ([], lambda folder: cut("pytorch_adapter.bin")(folder / "de"), "holds no readable weights"),
     "another model's": ([], lambda folder: rewrite(folder / "de", hidden_size=768), "hidden_size 768"),
@@ -2975,6 +3130,18 @@ def test_choices_are_premise_and_question_with_each_choice(assets):
         tokenizer("a cat What was the effect?", choice)["input_ids"] for choice in ("red", "blue dog")]
 
 
+@pytest.mark.parametrize("every, steps", [(0, [0, 51, 52]), (3, [0, 3, 6, 7]), (100, [0, 7])])
+def test_validation_comes_as_often_as_asked_for_and_selects(every, steps, assets, tmp_path):
+    data = write_task(tmp_path / "data", "xnli")  # 3 steps an epoch
+    options = ["--steps", steps[-1], "--eval-every", every]
+    assert unfreeze.main(task_command("xnli", assets, data, tmp_path / "run", *options)) == 0
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    found = {event["step"]: event["accuracy"] for event in log if event.get("split") == "validation"}
+    assert list(found) == steps
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert found[results["kept_step"]] == results["validation"]["accuracy"] == max(found.values())
+
+
 def test_no_steps_test_the_untrained_model(assets, tmp_path):
     data = write_task(tmp_path / "data", "xquad")
     assert unfreeze.main(task_command("xquad", assets, data, tmp_path / "run", "--steps", 0)) == 0
@@ -2984,7 +3151,8 @@ def test_no_steps_test_the_untrained_model(assets, tmp_path):
 
 @pytest.mark.parametrize("options", [
     ["--method", "gu"], ["--method", "fun", "--adapter", "lora"], ["--method", "lpft"], ["--method", "rand"],
-    ["--method", "full"]], ids=lambda options: options[1])
+    ["--method", "full"], ["--method", "rev", "--first", "top", "--eval-every", 2]],
+    ids=lambda options: options[1])
 def test_a_run_that_is_cut_off_anywhere_ends_in_the_very_same_bits(options, assets, tmp_path, monkeypatch):
     data = write_task(tmp_path / "data", "xquad")
     options = [*options, "--steps", 12, "--save-every", 3, "--fisher-every", 2]
@@ -2995,7 +3163,8 @@ def test_a_run_that_is_cut_off_anywhere_ends_in_the_very_same_bits(options, asse
     for _ in range(3):
         assert unfreeze.main(again) == 130
     assert unfreeze.main(again) == 0
-    assert len(calls) == 2 + 6 + 6 + 6  # cut off in steps 1, 5 and 8; started at 0, 0, 3 and 6
+    is_saved_more = "--eval-every" in options  # before each validation: started at 0, 0, 4 and 9
+    assert len(calls) == 2 + 6 + 6 + (3 if is_saved_more else 6)  # else cut off in 1, 5, 8: at 0, 0, 3 and 6
     ends = []
     for name in ("whole", "cut"):
         results = json.loads((tmp_path / name / "results.json").read_text())
@@ -3530,6 +3699,35 @@ def test_several_methods_and_seeds_are_single_runs_and_then_the_table(assets, tm
     assert unfreeze.main([*several, "--seed", "1 1"]) == 2
     assert "name every run once" in capsys.readouterr().err
     assert unfreeze.main([*several, "--method", "gu top"]) == 2 and "'top'" in capsys.readouterr().err
+
+
+def test_the_top_block_first_is_another_run_where_it_differs(assets, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alone = command(assets, Path("alone"))
+    place = alone.index("--out")
+    arguments = [*alone[:place], *alone[place + 2 :], "--seed", "3"]
+    both = [*arguments, "--method", "standard gu fun rev rand", "--first", "top", "--fisher-every", "9"]
+    assert unfreeze.main(both) == 0 and unfreeze.main([*arguments, "--method", "rev"]) == 0
+    assert sorted(os.listdir("runs")) == [f"classify-model-data-{name}-3" for name in (
+        "gu", "rev", "standard", "top-fun", "top-rand", "top-rev")]
+    orders = {path.name[20:-2]: json.loads((path / "results.json").read_text())["order"]
+              for path in Path("runs").iterdir()}
+    assert orders["top-rev"] == [[0, 3], [2, 0], [4, 1], [6, 2]]
+    assert orders["rev"] == [[0, 0], [2, 1], [4, 2], [6, 3]]
+    assert orders["top-fun"][0] == orders["top-rand"][0] == orders["gu"][0] == [0, 3]
+    fisher = [json.loads(line) for line in Path("runs/classify-model-data-top-fun-3/log.jsonl").read_text(
+        ).splitlines() if '"fisher"' in line]
+    assert [event["step"] for event in fisher] == [0, 2, 4, 9]  # reports at 0 and 9, choices at 2 and 4
+    frozen = {0, 1, 2}
+    for event, (_, opened) in zip(fisher[1:3], orders["top-fun"][1:]):
+        assert opened == max(frozen, key=event["trace"].__getitem__)
+        frozen.remove(opened)
+    capsys.readouterr()
+    out = ["--out", "runs/classify-model-data-rev-3"]
+    assert unfreeze.main([*arguments, "--method", "rev", "--first", "top", *out]) == 2
+    assert "holds a finished run with --first None, not top" in capsys.readouterr().err
+    assert unfreeze.main([*arguments, "--method", "gu", "--first", "top", "--fisher-every", "9"]) == 0
+    assert "is finished and kept" in capsys.readouterr().out  # the same run either way
 
 
 def test_full_is_the_same_run_whatever_the_adapter_would_be(assets, tmp_path, capsys):

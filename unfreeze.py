@@ -12,8 +12,9 @@ Transfer with Scheduled Unfreezing. NAACL 2024 (Algorithm 1; the tasks and prese
     unfreezer = Unfreezer(blocks, "gu", k=800); ...; unfreezer.step(i)   # before training step i
 
 Train on English only, open the adapters block by block, report tr(F), select on English validation, test in
-every language. Departures from the official code: GU opens its second block after k steps (there 2k), FUN
-chooses its first block by tr(F) too (there it is the top one), tr(F) is equation 1 (see fisher.py).
+every language. Departures from the official code: GU opens its second block after k steps (there 2k), FUN,
+rand, rev and order choose their first block, too (there and with --first top, it is the top one), tr(F) is
+equation 1 (see fisher.py).
 """
 
 import argparse
@@ -92,14 +93,15 @@ class Unfreezer:
 
     blocks: modules, bottom to top, with parameters of their own. method: a key of SELECT. k: the interval in
     steps. score: a callable that returns a number per block, called only when FUN chooses. order: all blocks
-    in their order, for "order". Give the optimizer ALL parameters of all blocks, once: a frozen one has
+    in their order, for "order". first: "top" opens the top block at step 0, as the official code does, and
+    the method chooses from step k on. Give the optimizer ALL parameters of all blocks, once: a frozen one has
     `grad=None` and is skipped, no decay, momentum or state.
-    Raises ValueError for no blocks (but with "none"), shared parameters, or an impossible method, k, score or
-    order.
+    Raises ValueError for no blocks (but with "none"), shared parameters, or an impossible method, k, score,
+    order or first.
     """
 
     def __init__(self, blocks: list[nn.Module], method: str, k: int, score: Callable | None = None,
-                 order: list[int] | None = None, seed: int = 0):
+                 order: list[int] | None = None, seed: int = 0, first: str | None = None):
         blocks, order = list(blocks), None if order is None else list(order)
         if method not in SELECT:
             raise ValueError(f"unknown method {method!r}: choose one of {', '.join(SELECT)}")
@@ -109,6 +111,8 @@ class Unfreezer:
             raise ValueError("method 'fun' needs `score`, a callable that returns one number per block")
         if method == "order" and sorted(order or []) != list(range(len(blocks))):
             raise ValueError(f"order must hold each of the blocks 0..{len(blocks) - 1} once, not {order!r}")
+        if first not in (None, "top") or first and method in ("standard", "lpft", "none"):
+            raise ValueError(f"first must be None or, but for standard, lpft and none, 'top', not {first!r}")
         if not blocks and method != "none":
             raise ValueError("no blocks: the schedule needs one module or more that it can open")
         owned = [set(block.parameters()) for block in blocks]
@@ -117,7 +121,7 @@ class Unfreezer:
         if len(set().union(*owned)) < sum(map(len, owned)):
             raise ValueError("two blocks share a parameter: they would open together")
         self.blocks, self.method, self.k, self.score, self.order = blocks, method, k, score, order
-        self.generator = torch.Generator().manual_seed(seed)
+        self.first, self.generator = first, torch.Generator().manual_seed(seed)
         self.history: list[tuple[int, int]] = []  # (step, block) in the order of opening
         self.intervals = 0  # how many have begun
         self._set_requires_grad()
@@ -133,7 +137,8 @@ class Unfreezer:
         opened = []
         while self.intervals <= min(i // self.k, len(self.blocks)):
             frozen = [block for block in range(len(self.blocks)) if block not in self.trainable]
-            chosen = frozen and SELECT[self.method](
+            method = "gu" if self.first == "top" and self.intervals == 0 else self.method
+            chosen = frozen and SELECT[method](
                 frozen=frozen, interval=self.intervals, score=self.score, order=self.order,
                 generator=self.generator)
             self.history += [(i, block) for block in chosen]
@@ -144,15 +149,15 @@ class Unfreezer:
 
     def state_dict(self) -> dict:
         return {"method": self.method, "k": self.k, "blocks": len(self.blocks), "order": self.order,
-                "history": [list(entry) for entry in self.history], "intervals": self.intervals,
-                "generator": self.generator.get_state()}
+                "first": self.first, "history": [list(entry) for entry in self.history],
+                "intervals": self.intervals, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state` was saved. Raises ValueError if it belongs to another schedule."""
         mine = self.state_dict()
-        for key in ("method", "k", "blocks", "order"):
-            if state[key] != mine[key]:
-                raise ValueError(f"the saved schedule has {key} {state[key]!r}, this one {mine[key]!r}")
+        for key in ("method", "k", "blocks", "order", "first"):
+            if state.get(key) != mine[key]:
+                raise ValueError(f"the saved schedule has {key} {state.get(key)!r}, this one {mine[key]!r}")
         self.history, self.intervals = [tuple(entry) for entry in state["history"]], state["intervals"]
         self.generator.set_state(state["generator"])
         self._set_requires_grad()
@@ -193,12 +198,15 @@ class Settings:
     method: str = option(None, "which blocks open when (default: gu); several in quotes: a run of each",
                          choices=[*SELECT, "full"])
     order: str | None = option(None, "for --method order: all blocks, first opened first", metavar="11,10,…")
+    first: str | None = option(None, "open the top block at step 0, whatever the method, as the official "
+                               "code does; not for lpft and none", choices=["top"])
     k: int | None = option(None, "steps between two openings", least=1)
     adapter: str = option("pfeiffer", "what is trained in each layer", choices=["pfeiffer", "lora"])
     model: str = option("FacebookAI/xlm-roberta-base", "a folder or a hub name: XLM-R, RoBERTa, BERT, "
                         "DeBERTa-v2/v3; with --method full any encoder")
     language_adapters: str = option("auto", "stacked below the task's: the hub's for a hub model, none, or "
-                                    "those in FOLDER/<language>", metavar="auto|none|FOLDER")
+                                    "those in FOLDER/<language>; auto,FOLDER: these where the hub has none",
+                                    metavar="auto|none|FOLDER|auto,FOLDER")
     data: str | None = option(None, "folder with train.en.jsonl, validation.en.jsonl, test.<language>.jsonl, "
                               "or .csv or .tsv (default: the hub); for mlm a text file in UTF-8")
     languages: str | None = option(None, "tested beside English (default: the paper's)", metavar="de,sw,…")
@@ -214,7 +222,10 @@ class Settings:
     seed: int = option(0, "of head, adapters, dropout, data order and Rand; several in quotes, too", least=0)
     fisher_every: int | None = option(None, "steps between two reports of tr(F); 0: each epoch", least=0)
     fisher_labels: str = option("sampled", "labels of tr(F)", choices=list(LABELS))
-    fisher_batches: int = option(4, "training batches per measurement of tr(F)", least=1)
+    fisher_batches: int | None = option(None, "training batches per measurement of tr(F) (default: 4, for "
+                                        "official 41)", least=1)
+    eval_every: int | None = option(None, "steps between two validations; 0: each epoch (default: 500 with "
+                                    "data from the hub, else 0)", least=0)
     device: str | None = option(None, "default: cuda when there is one", choices=["cpu", "cuda"])
     precision: str | None = option(None, "bf16 is autocast (default: tf32 on CUDA, fp32 on a CPU)",
                                    choices=["fp32", "tf32", "bf16"])
@@ -239,6 +250,8 @@ def check(settings: Settings) -> None:
         raise UserError("--epochs and --steps exclude each other: give one of them")
     if (settings.method == "order") != (settings.order is not None):
         raise UserError("--method order and --order 11,10,… go together: give both or neither")
+    if settings.first and settings.method in ("lpft", "none"):
+        raise UserError(f"--first top: {settings.method} opens no block at step 0; leave one of the two out")
     if settings.data is None and not TASKS[settings.task].hub:
         raise UserError(f"--data is missing: {settings.task} has no data of its own on the hub")
     if settings.task != "mlm":
@@ -265,7 +278,7 @@ def train(settings: Settings) -> None:
     device = device_of(settings)
     torch.manual_seed(settings.seed)
     tokenizer, model, blocks = load_model(settings, labels)
-    languages = load_language_adapters(settings, model, list(splits)[2:])  # after train and validation
+    languages, sources = load_language_adapters(settings, model, list(splits)[2:])  # after train, validation
     model.to(device)
     length = settings.max_length or task.max_length
     encoded = {name: task.encode(rows, tokenizer, length, labels) for name, rows in splits.items()}
@@ -316,7 +329,7 @@ def train(settings: Settings) -> None:
     try:
         given = [int(block) for block in settings.order.split(",")] if settings.order else None
         method = "none" if settings.method == "full" else settings.method
-        unfreezer = Unfreezer(blocks, method, settings.k, trace, given, settings.seed)
+        unfreezer = Unfreezer(blocks, method, settings.k, trace, given, settings.seed, settings.first)
     except ValueError as error:
         raise UserError(f"--order {settings.order}: {error}") from None
     log_file = claim(out)
@@ -324,7 +337,7 @@ def train(settings: Settings) -> None:
     if is_finished(out, identity):
         print(f"{out} is finished and kept (--overwrite redoes it)")
         return
-    introduce(settings, splits, encoded, len(blocks), languages, device)
+    introduce(settings, splits, encoded, len(blocks), languages, sources, device)
     state = restore(out, identity, learned, optimizer, unfreezer) or start_anew(out)
 
     def log(event: str, step: int, **fields) -> None:
@@ -334,7 +347,7 @@ def train(settings: Settings) -> None:
 
     is_measured = bool(blocks) and settings.task != "mlm"
     per_epoch = math.ceil(len(examples) / settings.batch_size)
-    stride = per_epoch * math.ceil(50 / per_epoch)  # steps between two validations: an epoch of COPA has 7
+    stride = settings.eval_every or per_epoch * math.ceil(50 / per_epoch)  # an epoch of COPA has 7 steps
     asked_to_stop: list[int] = []  # the signals: the step under way is finished first, unless two arrive
 
     def ask_to_stop(number: int, _) -> None:
@@ -404,7 +417,7 @@ def train(settings: Settings) -> None:
     results = describe(settings, scores) | {
         "order": unfreezer.history, "kept_step": state["kept_step"], "validation": state["validation"],
         "untrained": state["untrained"], "data": data, "train_examples": len(splits["train"]),
-        "language_adapters": languages,
+        "language_adapters": languages, "language_adapter_sources": sources,
         "wall_seconds": round(state["seconds"] + time.time() - started, 1)}
     # the last file of a run: it marks the run as finished
     write_atomically(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False).encode() + b"\n")
@@ -684,6 +697,7 @@ def run_folder(settings: Settings) -> Path:
     kind = "-lora" if settings.adapter == "lora" and settings.method != "full" else ""
     kind += f"-{settings.train_examples}" if settings.train_examples else ""
     kind += f"-{settings.fisher_labels}" if settings.fisher_labels != "sampled" else ""
+    kind += f"-{settings.first}" if settings.first else ""
     run = f"/{settings.language}" if settings.task == "mlm" else f"{kind}-{settings.method}-{settings.seed}"
     model, data = Path(settings.model), Path(settings.data or "")
     name = f"{settings.task}-{model.name}"
@@ -708,15 +722,19 @@ def claim(out: Path) -> io.FileIO:
     return log_file
 
 
-def introduce(settings: Settings, splits: dict, encoded: dict, blocks: int, languages: dict,
+def introduce(settings: Settings, splits: dict, encoded: dict, blocks: int, languages: dict, sources: dict,
               device: torch.device) -> None:
     """Print the resolved settings, so that nothing that shaped a run is hidden."""
-    print(f"\n{settings.task}, {settings.method}: {len(splits['train'])} training examples in "
+    first = ", top block first" if settings.first else ""
+    every = f"{settings.eval_every} steps" if settings.eval_every else "epoch"
+    print(f"\n{settings.task}, {settings.method}{first}: {len(splits['train'])} training examples in "
           f"{len(encoded['train'])} sequences, {settings.steps} steps of {settings.batch_size}, lr "
           f"{settings.lr:g} {settings.decay}, k {settings.k}, {blocks} blocks, {settings.max_length} tokens, "
-          f"seed {settings.seed}, {device}, {settings.precision}; {len(splits['validation'])} validation examples; test languages "
-          f"{' '.join(languages) or 'none'}")
-    own = [language for language, stacked in languages.items() if language == stacked]
+          f"seed {settings.seed}, {device}, {settings.precision}; {len(splits['validation'])} validation examples every "
+          f"{every}; test languages {' '.join(languages) or 'none'}")
+    is_mixed = settings.language_adapters.startswith("auto,")
+    own = [language + f" ({place})" * (is_mixed and not place.startswith("AdapterHub/"))
+           for language, place in sources.items()]
     lacking = [language for language, stacked in languages.items() if language != stacked]
     if own:
         print(f"language adapters: {' '.join(own)}" + (
@@ -757,10 +775,13 @@ def conclude(out: Path, results: dict, metric: str) -> None:
 
 
 def fisher_batches(settings: Settings, examples: list, generator: torch.Generator, collate: Callable) -> list:
-    """Randomly drawn training batches for one measurement, grouped by length."""
+    """Randomly drawn training batches for one measurement, grouped by length; for the official estimator, on
+    which it has an effect, in the order drawn, as from a loader (which pads all to --max-length there)."""
     size = settings.batch_size
-    chosen = torch.randperm(len(examples), generator=generator)[: settings.fisher_batches * size].tolist()
-    chosen = sorted((examples[i] for i in chosen), key=tokens_of)
+    order = torch.randperm(len(examples), generator=generator)[: settings.fisher_batches * size].tolist()
+    chosen = [examples[i] for i in order]
+    if settings.fisher_labels != "official":
+        chosen.sort(key=tokens_of)
     return [collate(chosen[start : start + size]) for start in range(0, len(chosen), size)]
 
 
@@ -1139,9 +1160,12 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--bf16", action="store_const", const="bf16", dest="precision",
                         help="short for --precision bf16")
     given = vars(parser.parse_args(arguments))
+    given["method"] = given["method"] or ("standard" if given["task"] == "mlm" else "gu")
     if given["method"] == "full":  # it has none of either
         given |= {"adapter": "pfeiffer", "language_adapters": "none"}
-    return Settings(**given | {"method": given["method"] or ("standard" if given["task"] == "mlm" else "gu")})
+    if given["method"] in ("standard", "gu", "full"):  # the same run either way
+        given["first"] = None
+    return Settings(**given)
 
 
 def runs_of(arguments: list[str]) -> list[Settings]:

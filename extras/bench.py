@@ -274,7 +274,8 @@ def epoch(data: str, folder: str) -> None:
     unfreeze.keep_freed_memory()
     task = TASKS["xnli"]
     settings = unfreeze.parse(["xnli", "--data", data, "--model", folder, "--test-examples", str(2 * BATCHES),
-                               "--train-examples", str(BATCHES * ROWS), "--batch-size", str(ROWS)])
+                               "--train-examples", str(BATCHES * ROWS), "--batch-size", str(ROWS),
+                               "--fisher-batches", "4"])
     rows, labels = load_data(settings)
     splits = sampled(rows, settings)
     tokenizer, model, blocks = load_model(settings, labels)
