@@ -846,25 +846,35 @@ LOW_DATA = {  # Table 4, for up to 1,000, 5,000 and 10,000 training examples: ep
     ("mnli", "xlm-roberta"): (50, 5e-4, (1, 25, 10)),
 }
 FULL_LR = 2e-5  # of --method full; not in the paper's tables
+UNSCHEDULED = ("standard", "none", "full")  # all is open from the start, or never: k changes nothing
+
+
+def preset(task: str, model_type: str, adapter: str, method: str, train_examples: int) -> tuple:
+    """Epochs, learning rate, batch size, decay and k (None: by the number of steps) of the paper's tables.
+
+    Low data has the same preset for both kinds of adapter. Models that are not BERT take XLM-R's preset.
+    """
+    training_set = TASKS[task].training_set or task
+    model_type = "bert" if model_type == "bert" else "xlm-roberta"
+    keys = ((training_set, model_type, adapter), (training_set, "xlm-roberta", "pfeiffer"))
+    row = next(PRESETS[key] for key in keys if key in PRESETS)
+    scheduled = method not in UNSCHEDULED
+    epochs, lr, batch_size, decay, k = row[0][scheduled], row[1][scheduled], *row[2:]
+    k = k and k[{"lpft": 0, "fun": 2}.get(method, 1)]
+    if (training_set, model_type) in LOW_DATA and train_examples <= 10_000:
+        epochs, lr, by_size = LOW_DATA[training_set, model_type]
+        k = by_size[(train_examples > 1_000) + (train_examples > 5_000)]
+    return epochs, FULL_LR if method == "full" else lr, batch_size, decay, k
 
 
 def resolve(settings, model_type: str, layers: int, train_examples: int, sequences: int):
     """The settings with the preset of task, model, adapter, method and amount of data in place of None.
 
-    Low data has the same preset for both kinds of adapter. Where there is no k, opening all blocks takes a
-    fifth of the steps (kL/N = 0.2). Models that are not BERT take XLM-R's preset.
+    Where there is no k, opening all blocks takes a fifth of the steps (kL/N = 0.2).
     """
     training_set = TASKS[settings.task].training_set or settings.task
-    model_type = "bert" if model_type == "bert" else "xlm-roberta"
-    keys = ((training_set, model_type, settings.adapter), (training_set, "xlm-roberta", "pfeiffer"))
-    row = next(PRESETS[key] for key in keys if key in PRESETS)
-    scheduled = settings.method not in ("standard", "none", "full")
-    epochs, lr, batch_size, decay, k = row[0][scheduled], row[1][scheduled], *row[2:]
-    k = k and k[{"lpft": 0, "fun": 2}.get(settings.method, 1)]
-    if (training_set, model_type) in LOW_DATA and train_examples <= 10_000:
-        epochs, lr, by_size = LOW_DATA[training_set, model_type]
-        k = by_size[(train_examples > 1_000) + (train_examples > 5_000)]
-    lr = FULL_LR if settings.method == "full" else lr
+    epochs, lr, batch_size, decay, k = preset(
+        settings.task, model_type, settings.adapter, settings.method, train_examples)
     batch_size = settings.batch_size or batch_size
     epochs = None if settings.steps is not None else settings.epochs or epochs
     steps = epochs * math.ceil(sequences / batch_size) if settings.steps is None else settings.steps
@@ -909,25 +919,58 @@ PAPER_LOW_DATA = {  # standard, GU, FUN
     ("xlm-roberta", "pfeiffer", "xquad", "f1", 5_000): "57.20 59.88 60.72",
     ("xlm-roberta", "pfeiffer", "xquad", "f1", 10_000): "61.75 65.28 65.16",
 }
+LOW_SIZES = (1_000, 5_000, 10_000)  # Table 4's
 TRAINING_SIZES = {"mnli": 392_702, "squad": 87_599, "copa": 400}
+
+
+PAPER_MODELS = ("FacebookAI/xlm-roberta-base", "xlm-roberta-base", "google-bert/bert-base-multilingual-cased",
+                "bert-base-multilingual-cased")
+TOP_FIRST = ("fun", "rand", "rev")  # the released code opens the top block at step 0: its figures are of that
 
 
 def paper_figure(run: dict, metric: str) -> str:
     """The paper's mean over the target languages for a run's task, model, adapter and method, "-" if none.
     Models other than mBERT are held against XLM-R, amounts other than Table 4's against all of the data."""
     task, method, examples = run["task"], run["method"], run.get("train_examples")
-    model = "bert" if "bert-base-multilingual" in run["model"] else "xlm-roberta"
     columns = [("mlqa", "f1"), ("mlqa", "em"), ("xquad", "f1"), ("xquad", "em"), ("xcopa", "accuracy"),
                ("xnli", "accuracy")]
-    if examples in (1_000, 5_000, 10_000):
-        figures = PAPER_LOW_DATA.get((model, run["adapter"], task, metric, examples), "").split()
+    if method in TOP_FIRST and run["settings"]["first"] != "top":
+        return "-"
+    if examples in LOW_SIZES:
+        figures = PAPER_LOW_DATA.get((model_of(run), run["adapter"], task, metric, examples), "").split()
         return dict(zip(("standard", "gu", "fun"), figures)).get(method, "-")
-    row = PAPER.get((model, "none" if method == "full" else run["adapter"], method))
+    row = PAPER.get((model_of(run), "none" if method == "full" else run["adapter"], method))
     return row.split()[columns.index((task, metric))] if row and (task, metric) in columns else "-"
 
 
-def is_papers_setting(run: dict) -> bool:
-    """Whether a run has a model and an amount of training data that the paper gives figures for."""
-    sizes = (None, 1_000, 5_000, 10_000, TRAINING_SIZES.get(TASKS[run["task"]].training_set))
-    return run.get("train_examples") in sizes and Path(run["model"]).name in (
-        "xlm-roberta-base", "bert-base-multilingual-cased")
+def model_of(run: dict) -> str:
+    return "bert" if "bert-base-multilingual" in run["model"] else "xlm-roberta"
+
+
+def departures(run: dict) -> list[str]:
+    """What sets a run of a task of the paper apart from the setting of the paper's figure."""
+    task, settings, scores = TASKS[run["task"]], run["settings"], run["scores"]
+    size = TRAINING_SIZES[task.training_set]
+    examples = run.get("train_examples", size)
+    adapter = "lora" if run["adapter"] == "lora" else "pfeiffer"
+    names = ("epochs", "lr", "batch_size", "decay", "k")
+    theirs = dict(zip(names, preset(run["task"], model_of(run), adapter, run["method"], examples)))
+    stacked = run.get("language_adapters", {})
+    lacking = [language for language in scores if stacked.get(language) != language]
+    found = {
+        f"model {run['model']}": run["model"] not in PAPER_MODELS,
+        "data of a folder": settings["data"] is not None,
+        f"{examples:,} training examples": examples not in (*LOW_SIZES, size),
+        f"{len(scores)} languages" + " (others)" * (len(scores) == len(task.languages)):
+            {*scores} != {*task.languages},
+        f"{settings['test_examples']} test examples": settings["test_examples"] is not None,
+        f"max length {settings['max_length']}": settings["max_length"] != task.max_length}
+    if run["method"] != "full":
+        source, own = str(settings["language_adapters"]), len(lacking) < len(scores)
+        found["no language adapter" + (f" for {' '.join(lacking)}" if own else "s")] = bool(lacking)
+        found[f"language adapters {source}"] = own and not source.startswith("auto")
+    for name, value in theirs.items():
+        own = f"{settings['steps']} steps" if name == "epochs" and settings["epochs"] is None else \
+            f"{name.replace('_', ' ')} {settings[name]}"
+        found[own] = settings[name] != value and (name != "k" or run["method"] not in UNSCHEDULED)
+    return [what for what, differs in found.items() if differs]

@@ -39,7 +39,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import correlation, mean, stdev
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS; read when CUDA starts
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -57,8 +57,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adapters import load_tensors, save_tensors, set_language, write_atomically
 from fisher import LABELS, fisher_trace
-from tasks import (TASKS, UserError, is_papers_setting, load_data, load_language_adapters, load_model,
-                   paper_figure, predict, reach_hub, resolve, sampled, save_weights, tokens_of, unreachable)
+from tasks import (LOW_SIZES, TASKS, TOP_FIRST, UserError, departures, load_data, load_language_adapters,
+                   load_model, paper_figure, predict, reach_hub, resolve, sampled, save_weights, tokens_of,
+                   unreachable)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -786,15 +787,15 @@ def fisher_batches(settings: Settings, examples: list, generator: torch.Generato
 
 
 def report_trace(log: Callable, step: int, trace: list[float], trainable: list[int], averages: list[float]):
-    """Log and print tr(F): a number per block, bottom to top, and the paper's average per trainable block.
-    The log has the moving average over ten measurements too."""
-    average = sum(trace) / len(trainable) if trainable else None
+    """Log and print tr(F): a number per block, bottom to top, and its mean over the open blocks, the paper's
+    curve. The log has the moving average over ten measurements too."""
+    average = mean(trace[block] for block in trainable) if trainable else None
     averages += [average] if trainable else []
     smooth = mean(averages[-10:]) if averages else None
     log("fisher", step, trace=trace, trainable=trainable, average=average, moving_average=smooth)
     if step == 0:
         names = "".join(f"{'b' + str(block):>6} " for block in range(len(trace)))
-        tqdm.write("tr(F) of each block, b0 at the bottom, * open; average: the sum over the number of open")
+        tqdm.write("tr(F) of each block, b0 at the bottom, * open; average: the mean over the open blocks")
         tqdm.write(f" step  average |{names}")
     cells = (f"{value:.2g}".removeprefix("0") or "0" for value in trace)
     row = "".join(f"{cell:>6}{'*' if block in trainable else ' '}" for block, cell in enumerate(cells))
@@ -827,18 +828,15 @@ def report(arguments: list[str]) -> None:
             rows.insert(1, ["-" * width for width in widths])
             for row in rows:
                 print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-            for method, runs in methods.items():
-                for run in runs if len({opening_order(run) for run in runs}) > 1 else []:
-                    print(f"\n{method}, seed {run['seed']}, opened {opening_order(run)}", end="")
-            print(flush=True)
+            print("", *notes(methods), sep="\n", flush=True)
 
 
 # What runs of one table may differ in: what follows from the method, and what changes no result or is told
 # apart otherwise.
 BY_METHOD = ("lr", "k", "epochs", "steps", "decay", "order", "fisher_batches")
-TOLD_APART = ("task", "method", "adapter", "model", "language_adapters", "data", "languages", "language",
-              "train_examples", "seed", "fisher_every", "fisher_labels", "device", "save_every", "out",
-              "overwrite")
+TOLD_APART = ("task", "method", "first", "adapter", "model", "language_adapters", "data", "languages",
+              "language", "train_examples", "seed", "fisher_every", "fisher_labels", "device", "save_every",
+              "out", "overwrite")
 
 
 def comparable(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
@@ -854,7 +852,7 @@ def comparable(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
     def adapters(run: dict) -> tuple[str, str, str]:
         stacked = run.get("language_adapters", {})
         source = str(run["settings"]["language_adapters"]) if any(stacked.values()) else ""
-        return run["adapter"], source, source and json.dumps(stacked, sort_keys=True)
+        return run["adapter"], source, source and json.dumps([stacked, sources_of(run)], sort_keys=True)
 
     kinds: dict[tuple, set[tuple]] = {}
     for run in runs:
@@ -900,9 +898,12 @@ def columns(runs: list[dict]) -> dict[str, list[dict]]:
 
 
 def method_of(run: dict) -> str:
-    """The method, for FUN with the labels of its tr(F) where they are not the default's."""
-    labels = run["settings"]["fisher_labels"]
-    return f"fun, {labels}" if run["method"] == "fun" and labels != "sampled" else run["method"]
+    """The method; for FUN the labels of its tr(F), if not sampled; the form, if not Algorithm 1's."""
+    labels, batches = (run["settings"][name] for name in ("fisher_labels", "fisher_batches"))
+    if labels == "official" and batches not in (None, 41):
+        labels = f"official formula on {batches} batches"
+    labels = f", {labels}" if run["method"] == "fun" and labels != "sampled" else ""
+    return run["method"] + labels + ", top first" * (run["settings"]["first"] == "top")
 
 
 def read_run(folder: Path) -> dict | None:
@@ -919,13 +920,15 @@ def read_run(folder: Path) -> dict | None:
         if run["task"] not in TASKS or run["method"] not in [*SELECT, "full"]:
             print(f"note: {folder} is of {run['task']} by {run['method']}, unknown here, and is left out")
             return None
-        defaults = {entry.name: entry.default for entry in dataclasses.fields(Settings)[1:]}
         own = run.get("settings", {"k": run.get("k"), "steps": run.get("steps")})
-        defaults["precision"] = "bf16" if own.pop("bf16", False) else "fp32"  # of runs that name none
-        run["settings"] = defaults | own
+        before = {"eval_every": 0, "precision": "bf16" if own.pop("bf16", False) else "fp32"}  # they were options
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(Settings)[1:]}
+        run["settings"] = defaults | before | own
         assert isinstance(run["settings"]["fisher_labels"], str) and isinstance(run.get("data", ""), str)
         metrics = run["scores"]["en"].keys()
-        assert isinstance(run["average"], dict) and isinstance(run.get("language_adapters", {}), dict)
+        stacked = run.get("language_adapters", {})
+        assert isinstance(run["average"], dict) and isinstance(sources_of(run), dict)
+        assert all(isinstance(adapter, str | None) for adapter in stacked.values())
         for score in (*run["scores"].values(), run["average"] or run["scores"]["en"]):
             assert score.keys() == metrics and all(isinstance(score[name], (int, float)) for name in metrics)
         assert all(len([int(step), int(block)]) == 2 for step, block in run["order"])
@@ -952,9 +955,13 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
     def gain(runs: list[dict], metric: str, languages: list[str]) -> str:
         return spread([*map(mean, gains(runs, standard, metric, languages))], "+")
 
-    def difference(runs: list[dict], metric: str) -> str:
+    def paper(runs: list[dict], metric: str) -> str:
         figure = paper_figure(runs[0], metric)
-        return "-" if figure == "-" else \
+        return figure if figure == "-" or not departures(runs[0]) else f"{figure} *"
+
+    def difference(runs: list[dict], metric: str) -> str:
+        figure = paper(runs, metric)
+        return "-" if figure == "-" or "*" in figure else \
             f"{mean(average(run, metric) for run in runs) - float(figure.split('±')[0]):+.1f}"
 
     for name in BY_METHOD:
@@ -963,16 +970,16 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
             rows.append([name.replace("_", " "), *values])
     for metric in metrics:
         of = "" if metric == metrics[0] else f", {metric}"
-        add(f"English, {metric}", lambda runs: spread([run["scores"]["en"][metric] for run in runs]))
+        optimistic = " (optimistic)" if is_selected_on_test(methods) else ""
+        add(f"English, {metric}{optimistic}",
+            lambda runs: spread([run["scores"]["en"][metric] for run in runs]))
         add(f"mean of targets, {metric}", lambda runs: spread([average(run, metric) for run in runs]))
         add(f"over standard{of}", lambda runs: gain(runs, metric, targets))
         add(f"its 95 % interval{of}", lambda runs: interval(gains(runs, standard, metric, targets)))
         add(f"in the weaker half{of}", lambda runs: gain(runs, metric, weak))
-        if any(paper_figure(runs[0], metric) != "-" for runs in methods.values()):
-            note = "" if all(is_papers_setting(run) for runs in methods.values() for run in runs) else \
-                " (another model or more data)"
-            add(f"the paper's{of}{note}", lambda runs: paper_figure(runs[0], metric))
-            add(f"difference{of}", lambda runs: difference(runs, metric))
+        for name, cell in (("the paper's", paper), ("difference", difference)):
+            if any(cell(runs, metric) != "-" for runs in methods.values()):
+                add(name + of, lambda runs: cell(runs, metric))
     by_language = {method: {language: mean(run["scores"][language][metrics[0]] for run in runs)
                             for language in targets} for method, runs in methods.items()}
     lowest = [min(scores, key=scores.get, default=None) for scores in by_language.values()]
@@ -1040,6 +1047,96 @@ def top_down(run: dict) -> list[float]:
     return [mean(1 if first > second else -1 for first, second in pairs)]
 
 
+def notes(methods: dict[str, list[dict]]) -> list[str]:
+    """The lines under a table: orders that differ by seed, correlations, language adapters, and in what the
+    runs differ from those behind the paper's figures."""
+    lines = [f"{method}, seed {run['seed']}, opened {opening_order(run)}" for method, runs in methods.items()
+             if len({opening_order(run) for run in runs}) > 1 for run in runs]
+    lines += correlations(methods)
+    firsts = {method: runs[0] for method, runs in methods.items()}
+    for run in [run for run in firsts.values() if any(run.get("language_adapters", {}).values())][:1]:
+        lines.append("language adapters: " + ", ".join(
+            f"{sources_of(run).get(adapter, adapter)} for {language}"
+            for language, adapter in run["language_adapters"].items()))
+    if is_selected_on_test(methods):
+        lines.append("optimistic: English is tested on COPA's validation split, which selects the weights")
+    return lines + paper_notes(firsts)
+
+
+def sources_of(run: dict) -> dict[str, str]:
+    """By language adapter the hub's repository or the folder that it is from, as far as the record has it."""
+    return run.get("language_adapter_sources", {})
+
+
+def paper_notes(firsts: dict[str, dict]) -> list[str]:
+    """What to know about the paper's figures in a table, from a run of each column."""
+    metric = next(iter(next(iter(firsts.values()))["scores"]["en"]))
+    known = {method: run for method, run in firsts.items() if paper_figure(run, metric) != "-"}
+    apart: dict[tuple, list[str]] = {}
+    for method, run in known.items():
+        apart.setdefault(tuple(departures(run)), []).append(method)
+    lines = [f"* {'; '.join(names)}: not the paper's setting, but {', '.join(what)}"
+             for what, names in apart.items() if what]
+    for method, run in firsts.items():
+        released = run | {"settings": run["settings"] | {"first": "top"}}
+        if method not in known and paper_figure(released, metric) != "-":
+            lines.append(f"{method}: Algorithm 1's form; the paper has the released form (--first top)")
+        elif method in known and run["method"] in TOP_FIRST:
+            lines.append(f"{method}: the released form, of which the paper's figure is")
+        estimator = run["settings"]["fisher_labels"], run["settings"]["fisher_batches"]
+        if method in known and run["method"] == "fun" and estimator != ("official", 41):
+            lines.append(f"{method}: the paper's tr(F) is the official formula on 41 batches")
+    run = next(iter(known.values()), {})
+    if run.get("train_examples") in LOW_SIZES:
+        lines.append("the paper's low data are the first rows, for every seed; here a sample by seed")
+    if run.get("task") == "xcopa":
+        lines.append("the paper's XCOPA has its own questions, wrong in part of th, tr, sw, id and it; here "
+                     "they are English COPA's")
+    if any(run["method"] == "full" for run in known.values()):
+        lines.append("full: the paper does not give its learning rate")
+    return lines
+
+
+def is_selected_on_test(methods: dict[str, list[dict]]) -> bool:
+    """Whether English is tested on the split that selects: COPA's own test labels are not on the hub."""
+    return any(run["task"] == "xcopa" and run["settings"]["data"] is None
+               for runs in methods.values() for run in runs)
+
+
+def correlations(methods: dict[str, list[dict]]) -> list[str]:
+    """Spearman's correlation of tr(F) per open block with scores, over the runs of two methods or more whose
+    tr(F) is measured alike. A run is one point: its validation score or mean of targets, both of the weights
+    kept, over tr(F) at the last measurement up to their step (as a point of the paper's Figure 4), or over
+    the highest up to it."""
+    alike: dict[tuple, list[tuple]] = {}
+    for method, runs in methods.items():
+        for run in runs:
+            traces, validations = read_log(run)
+            metric = next(iter(run["scores"]["en"]))
+            kept = max(validations, key=lambda event: event[metric], default={"step": -1})
+            curve = [event["average"] for event in traces if event["step"] <= kept["step"]]
+            if curve and run["average"]:
+                way = run["settings"]["fisher_labels"], str(run["settings"]["fisher_batches"])
+                point = method, curve[-1], max(curve), kept[metric], run["average"][metric]
+                alike.setdefault(way, []).append(point)
+    lines = []
+    for (labels, _), points in alike.items():
+        names, last, highest, validation, targets = zip(*points)
+        if len({*names}) > 1 and len(points) > 2:
+            both = [f"{spearman(traces, validation):.2f} and {spearman(traces, targets):.2f}"
+                    for traces in (last, highest)]
+            lines.append("Spearman's correlation of tr(F) per open block with validation and mean of targets "
+                         f"{both[0]}, of its highest {both[1]} ({len(points)} runs, {labels} labels)")
+    return lines
+
+
+def spearman(first: tuple, second: tuple) -> float:
+    """The correlation of the ranks, equals with their mean rank; NaN where all are equal."""
+    ranks = [[sum(other < value for other in values) + sum(other == value for other in values) / 2
+              for value in values] for values in (first, second)]
+    return correlation(*ranks) if all(len({*values}) > 1 for values in ranks) else math.nan
+
+
 def trace_curve(runs: list[dict]) -> str:
     """Of tr(F) per open block, mean over the runs: the first value, the highest and its step, the last."""
     curve = mean_curve([traces for traces, _ in map(read_log, runs) if traces], "average")
@@ -1078,7 +1175,7 @@ def plot(groups: dict[str, dict[str, list[dict]]], path: Path) -> None:
                  {"color": colours[method], "label": method})
         top = max([0, *(block for runs in methods.values() for run in runs for _, block in run["order"])])
         orders.plot([0, top], [top, 0], linestyle=":", color="grey", label="GU's diagonal")
-        curve.set(xlabel="step", ylabel="tr(F) per open block")
+        curve.set(xlabel="step", ylabel="tr(F) per open block", yscale="log")
         orders.set(xlabel="block (0: bottom)", ylabel="mean position in the opening order")
         scores.set(xlabel="tr(F) per open block", ylabel="validation score")
         gained.set(xlabel="language, standard's weakest first", ylabel="mean score over standard's")
@@ -1130,13 +1227,15 @@ def read_log(run: dict) -> tuple[list[dict], list[dict]]:
         events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         traces = [event for event in events if event["event"] == "fisher" and event["trainable"]]
         validations = [event for event in events if event.get("split") == "validation"]
-        numbers = [event[name] for event in traces for name in ("step", "average", "moving_average")]
+        for event in traces:  # logs of earlier versions have another average
+            event["average"] = mean(event["trace"][block] for block in event["trainable"])
+        numbers = [event[name] for event in traces for name in ("step", "average")]
         numbers += [event[name] for event in validations for name in ("step", metric)]
         assert all(isinstance(number, (int, float)) for number in numbers)
         return traces, validations
     except FileNotFoundError:
         return [], []
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError):
         raise UserError(f"{path} is damaged: leave {run['folder']} out, or run it again") from None
 
 
