@@ -1827,7 +1827,8 @@ def examples_of(task: str, rows: int = 17) -> list[dict]:
     def ids() -> torch.Tensor:
         return torch.tensor([0, *(draw.randrange(5, 60) for _ in range(draw.randrange(1, 14))), 2])
 
-    answers = {"xnli": {"labels": 2}, "xquad": {"start_positions": 1, "end_positions": 2}, "xcopa": {"labels": 1}}
+    answers = {"xnli": {"labels": 2}, "xcopa": {"labels": 1},
+               "xquad": {"start_positions": 1, "end_positions": 2}}  # the largest
     examples = [{"input_ids": [ids(), ids()] if task == "xcopa" else ids(), "row": i}
                 | {key: draw.randint(0, most) for key, most in answers[task].items()} for i in range(rows)]
     for example in examples:

@@ -511,7 +511,7 @@ class Packing:
         self.shape, self.longest = mask.shape, int(lengths.max())
         self.index = move(places(mask))  # [N]
         self.ends = move(nn.functional.pad(lengths.cumsum(0), (1, 0)).int())  # [B + 1]
-        groups = [] if on_cuda else [group[:, group.any(0)] for group in mask.split(GROUP)]  # [GROUP, longest]
+        groups = [] if on_cuda else [rows[:, rows.any(0)] for rows in mask.split(GROUP)]  # [GROUP, longest]
         self.groups = [(move(group), move(places(group))) for group in groups]
 
 
@@ -530,7 +530,7 @@ def allow_packing(model: nn.Module) -> None:
 
 
 def broadcast(attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor | None:
-    """[B, T] -> [B, 1, 1, T]. The library's own would first look whether anything is masked, and wait for it."""
+    """[B, T] -> [B, 1, 1, T]. The library's own would look whether anything is masked, and wait for that."""
     return None if attention_mask is None else attention_mask[:, None, None]
 
 
@@ -731,8 +731,8 @@ def introduce(settings: Settings, splits: dict, encoded: dict, blocks: int, lang
     print(f"\n{settings.task}, {settings.method}{first}: {len(splits['train'])} training examples in "
           f"{len(encoded['train'])} sequences, {settings.steps} steps of {settings.batch_size}, lr "
           f"{settings.lr:g} {settings.decay}, k {settings.k}, {blocks} blocks, {settings.max_length} tokens, "
-          f"seed {settings.seed}, {device}, {settings.precision}; {len(splits['validation'])} validation examples every "
-          f"{every}; test languages {' '.join(languages) or 'none'}")
+          f"seed {settings.seed}, {device} in {settings.precision}; {len(splits['validation'])} validation "
+          f"examples every {every}; test languages {' '.join(languages) or 'none'}")
     is_mixed = settings.language_adapters.startswith("auto,")
     own = [language + f" ({place})" * (is_mixed and not place.startswith("AdapterHub/"))
            for language, place in sources.items()]
@@ -921,7 +921,7 @@ def read_run(folder: Path) -> dict | None:
             print(f"note: {folder} is of {run['task']} by {run['method']}, unknown here, and is left out")
             return None
         own = run.get("settings", {"k": run.get("k"), "steps": run.get("steps")})
-        before = {"eval_every": 0, "precision": "bf16" if own.pop("bf16", False) else "fp32"}  # they were options
+        before = {"eval_every": 0, "precision": "bf16" if own.pop("bf16", False) else "fp32"}  # these options
         defaults = {entry.name: entry.default for entry in dataclasses.fields(Settings)[1:]}
         run["settings"] = defaults | before | own
         assert isinstance(run["settings"]["fisher_labels"], str) and isinstance(run.get("data", ""), str)

@@ -150,8 +150,8 @@ def base() -> None:
         update(optimizer)
 
     real = mean(sum(map(tokens_of, batch)) for batch in batches)
-    print(f"XLM-R base, {4 * ROWS} pairs as long as MNLI's ({real:.0f} tokens a batch), {describe(model)}; ms a "
-          "step (over padding to 128), GiB at the peak beyond the weights")
+    print(f"ms a step (over padding to 128), GiB at the peak beyond the weights; XLM-R base, {4 * ROWS} pairs "
+          f"as long as MNLI's ({real:.0f} tokens a batch), {describe(model)}")
     kinds = ("padded to 128", "padded to the longest", "packed")
     print("| precision | open | " + " | ".join(kinds) + " | peak memory |\n|---|---|" + "---|" * 4)
     for precision in ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16"):
@@ -209,7 +209,8 @@ def open_top(blocks: list, count: int) -> None:
 
 
 def describe(model: torch.nn.Module) -> str:
-    return f"{model.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else model.device
+    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def matrix_product(model: torch.nn.Module, rows: int) -> tuple:
@@ -323,10 +324,11 @@ def epoch(data: str, folder: str) -> None:
     for name in seconds:
         share = f"{100 * real / computed[name]:.0f} %" if name in computed else ""
         print(f"| {name} | {seconds[name] / seconds['padded to 128']:.2f} | {share} |")
-    at_most, one_open = seconds["packed, fun at most"], seconds["one block open, packed"]
-    print(f"\none block open, packed over padded to 128: {one_open / seconds['one block open, padded to 128']:.2f}"
-          f"\nfun over gu at most {at_most / seconds['packed, gu']:.2f}: every step as long as standard's, and "
-          f"11 measurements of tr(F) in {STEPS} steps, {100 * fisher_seconds / at_most:.1f} % of its time")
+    one_open = seconds["one block open, packed"] / seconds["one block open, padded to 128"]
+    at_most = seconds["packed, fun at most"]
+    print(f"\none block open, packed over padded to 128: {one_open:.2f}\nfun over gu at most "
+          f"{at_most / seconds['packed, gu']:.2f}: every step as long as standard's, and 11 measurements of "
+          f"tr(F) in {STEPS} steps, {100 * fisher_seconds / at_most:.1f} % of its time")
     many = examples[:128]
     _, ms = median_ratios({"collation": lambda: collate(sorted(many, key=tokens_of))}, base="collation")
     print(f"making a batch of {len(many)} pairs: {ms:.2f} ms")
