@@ -45,13 +45,13 @@ def fisher_trace(
     labels: "sampled" draws one y per example from the model's own output (equation 1) with `generator` (None:
     a fresh one with seed 0); "exact" takes the expectation over all C classes, in C backward passes; "argmax"
     the likeliest class; "gold" the batch's own labels (the empirical Fisher). "official" is the official
-    repository's estimator: the sum over batches of || grad m ||^2 / B, where m is the mean of log p over the
-    rows of logits of a batch, each with its likeliest class. A batch has B rows or, of a span, 2 B: start and
-    end logits one below the other, with padding among the classes. B is the first batch's, as a loader gives
-    all of them but the last. It gives the paper's ranking if fed as there: 41 batches of a shuffled loader.
+    repository's estimator: the sum over batches of || grad m ||^2 / B, where B is the first batch's size and m
+    the mean of log p over the rows of logits of a batch, each with its likeliest class; of spans, start and
+    end logits are rows of one mean, with padding among the classes. It is the paper's if fed as there: 41
+    batches of a shuffled loader, padded to 384 for spans.
     The model runs in eval mode and returns `.logits` [B, C], or `.start_logits` and `.end_logits` [B, T] with
-    log p = log p_start + log p_end, but for "official" over positions where `attention_mask` ([B, T] or
-    [B, 1, 1, T]) is not 0.
+    log p = log p_start + log p_end over the positions where `attention_mask` ([B, T] or [B, 1, 1, T]) is not
+    0; "official" takes all positions.
     Parameters, `.grad`, `requires_grad`, modes, hooks and the global random state are left as they were, also
     after an exception. `torch.no_grad()` and `torch.inference_mode()` around the call make no difference.
     Raises ValueError for unknown labels, no batches, a block without parameters or that the model does not
@@ -126,9 +126,9 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
                 last = number + 1 == len(draws)
                 for parameter, x, g in _gradients(chosen, calls, owners, slow, keep_graph=not last):
                     used.add(parameter)
-                    if labels == "official":  # the batch as one example: its mean gradient over the root of B
-                        rows = size * len(log_p) * first**0.5
-                        x, g = None if x is None else x.flatten(0, 1)[None], g.flatten(0, 1)[None] / rows
+                    if labels == "official":  # the batch as one example [1, B T, H]: its mean gradient
+                        scale = size * len(log_p) * first**0.5  # rows of logits, root of the first batch's size
+                        x, g = None if x is None else x.flatten(0, 1)[None], g.flatten(0, 1)[None] / scale
                     add(parameter, x, g)
             examples += size
     if not examples:

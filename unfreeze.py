@@ -35,7 +35,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -51,8 +51,7 @@ import transformers
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adapters import load_tensors, save_tensors, set_language, write_atomically
@@ -286,15 +285,16 @@ def train(settings: Settings) -> None:
     examples = encoded["train"]
     settings = resolve(settings, model.config.model_type, len(blocks), len(splits["train"]), len(examples))
     settings = dataclasses.replace(settings, precision=settings.precision or PRECISION[device.type])
-    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.precision == "bf16")
     collate = partial(batch_on, device, model, partial(task.batch, tokenizer=tokenizer),
                       is_packed=not settings.whole_batches)
     torch.use_deterministic_algorithms(True, warn_only=model.config.model_type not in PACKED)
     if model.config.model_type in PACKED:
         allow_packing(model)
+    torch.set_float32_matmul_precision("highest")  # TF32's rounding would look as if padding counted
     if settings.task != "mlm":
         check_padding(task, model, examples, collate)
+    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
 
     def evaluate(split: str, language: str) -> tuple[dict, list]:
         outputs = predict(task, model, encoded[split], collate, autocast)
@@ -437,7 +437,7 @@ def device_of(settings: Settings) -> torch.device:
 def check_padding(task, model: nn.Module, examples: list[dict], collate: Callable) -> None:
     """Refuse a model that does not run, or in which the padding of a batch changes what an example gives."""
     short, long = (choose(examples[:256], key=tokens_of) for choose in (min, max))
-    name, length = model.config.model_type, len(short["input_ids"])
+    name = model.config.model_type
     try:
         alone, padded = (task.forward(model.eval(), collate(rows))[0] for rows in ([short], [short, long]))
     except Exception as error:  # an unknown model may raise anything
@@ -445,8 +445,7 @@ def check_padding(task, model: nn.Module, examples: list[dict], collate: Callabl
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--model: a {name} does not run here ({reason}); choose another kind") from None
-    if padded.shape != alone.shape:  # a logit for each token
-        padded = padded[..., :length]
+    padded = padded[..., : alone.shape[-1]]  # spans have a logit for each token
     if not torch.allclose(padded, alone, rtol=1e-3, atol=1e-3 * alone.abs().max().item()):
         raise UserError(f"--model: in a {name}, padding changes the output, and so would the batch; choose "
                         "another kind")
@@ -497,39 +496,40 @@ def finite_losses(settings: Settings, readings: list[list[float]], done: int, ex
 # ------------------------------------------------------------------------------------------------------------
 
 PACKED = ("xlm-roberta", "roberta", "bert")  # types whose encoder can run so
-GROUP = 6  # sequences that attention on a CPU sees at a time, padded to their longest
+GROUP_ROWS = 6  # sequences that attention on a CPU sees at a time, padded to their longest
 
 
 class Packing:
-    """Where the real tokens of a batch [B, T] are. A batch with it as an entry `packing` runs packed, one
-    without as ever; positions are the embeddings' own, which see the batch as it is.
+    """Where the real tokens of a padded batch are. A batch that has one, as `packing`, runs packed. Positions
+    are counted by the embeddings, which see the padded batch.
 
-    mask: on the CPU, so that nothing waits for the device, to which `move` takes a tensor."""
+    mask: [B, T], on the CPU, so that nothing waits for the device, to which `move` takes a tensor."""
 
     def __init__(self, mask: torch.Tensor, move: Callable, on_cuda: bool):
         lengths = mask.sum(1)  # [B]
         self.shape, self.longest = mask.shape, int(lengths.max())
         self.index = move(places(mask))  # [N]
         self.ends = move(nn.functional.pad(lengths.cumsum(0), (1, 0)).int())  # [B + 1]
-        groups = [] if on_cuda else [rows[:, rows.any(0)] for rows in mask.split(GROUP)]  # [GROUP, longest]
-        self.groups = [(move(group), move(places(group))) for group in groups]
+        groups = [] if on_cuda else [rows[:, rows.any(0)] for rows in mask.split(GROUP_ROWS)]
+        self.groups = [(move(group), move(places(group))) for group in groups]  # [rows, longest], [n]
 
 
 def places(mask: torch.Tensor) -> torch.Tensor:
+    """[B, T] -> [N]: of the real tokens in the flattened batch."""
     return mask.flatten().nonzero()[:, 0]
 
 
 def allow_packing(model: nn.Module) -> None:
-    """From now on the model takes batches with a `packing`, and looks at no mask of those without."""
-    AttentionInterface.register("packed", packed_attention)
-    AttentionMaskInterface.register("packed", broadcast)
+    """From now on the model takes batches with a `packing`; a mask without one is applied unseen."""
+    ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("packed", key_mask)
     model.set_attn_implementation("packed")
     encoder = model.base_model.encoder
     encoder.register_forward_pre_hook(remove_padding, with_kwargs=True)
     encoder.register_forward_hook(restore_padding, with_kwargs=True)
 
 
-def broadcast(attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor | None:
+def key_mask(attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor | None:
     """[B, T] -> [B, 1, 1, T]. The library's own would look whether anything is masked, and wait for that."""
     return None if attention_mask is None else attention_mask[:, None, None]
 
@@ -553,17 +553,16 @@ def packed_attention(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: tor
                      **keywords) -> tuple[torch.Tensor, None]:
     """Attention within each sequence of a packed batch: q, k and v are [1, heads, N, d]."""
     if packing is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, dropout=dropout, scaling=scaling,
-                                               **keywords)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, dropout, scaling, **keywords)
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [N, heads, d]
     if not packing.groups:
-        return torch.ops.aten._efficient_attention_forward(  # the kernel below nested tensors, without these
+        return torch.ops.aten._efficient_attention_forward(  # what nested tensors call; needs no padding
             q[None], k[None], v[None], None, packing.ends, packing.ends, packing.longest, packing.longest,
             dropout, 0, True, scale=scaling)[0], None  # [1, N, heads, d]
     sizes, outputs = [len(place) for _, place in packing.groups], []
     for (group, place), *parts in zip(packing.groups, *(x.split(sizes) for x in (q, k, v))):
         is_full = len(place) == group.numel()
-        if not is_full:
+        if not is_full:  # [n, heads, d] -> [rows * longest, heads, d]
             parts = [x.new_zeros(group.numel(), *x.shape[1:]).index_copy(0, place, x) for x in parts]
         parts = [x.unflatten(0, group.shape).transpose(1, 2) for x in parts]  # [rows, heads, longest, d]
         mask = None if is_full else group[:, None, None]
@@ -776,8 +775,8 @@ def conclude(out: Path, results: dict, metric: str) -> None:
 
 
 def fisher_batches(settings: Settings, examples: list, generator: torch.Generator, collate: Callable) -> list:
-    """Randomly drawn training batches for one measurement, grouped by length; for the official estimator, on
-    which it has an effect, in the order drawn, as from a loader (which pads all to --max-length there)."""
+    """Randomly drawn training batches for one measurement (all, if there are fewer), grouped by length, but
+    not for the official estimator, whose value depends on the grouping: a loader shuffles."""
     size = settings.batch_size
     order = torch.randperm(len(examples), generator=generator)[: settings.fisher_batches * size].tolist()
     chosen = [examples[i] for i in order]
@@ -839,6 +838,9 @@ TOLD_APART = ("task", "method", "first", "adapter", "model", "language_adapters"
               "out", "overwrite")
 
 
+SOURCES = "language_adapter_sources"  # in results.json: by adapter, the hub's repository or its folder
+
+
 def comparable(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
     """The runs by title, then by column: runs in one column differ in their seeds alone. `full` stands beside
     every kind of adapter. Raises UserError for two runs of one column and seed."""
@@ -850,9 +852,9 @@ def comparable(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
         return *facts, *sorted(run["scores"]), *own
 
     def adapters(run: dict) -> tuple[str, str, str]:
-        stacked = run.get("language_adapters", {})
+        stacked = run["language_adapters"]
         source = str(run["settings"]["language_adapters"]) if any(stacked.values()) else ""
-        return run["adapter"], source, source and json.dumps([stacked, sources_of(run)], sort_keys=True)
+        return run["adapter"], source, source and json.dumps([stacked, run[SOURCES]], sort_keys=True)
 
     kinds: dict[tuple, set[tuple]] = {}
     for run in runs:
@@ -914,21 +916,20 @@ def read_run(folder: Path) -> dict | None:
         print(f"note: {folder} holds no finished run and is left out")
         return None
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = {"language_adapters": {}, SOURCES: {}} | json.loads(path.read_text(encoding="utf-8"))
         run["folder"] = folder
         assert all(isinstance(run[key], str) for key in ("task", "model", "adapter", "method"))
         if run["task"] not in TASKS or run["method"] not in [*SELECT, "full"]:
             print(f"note: {folder} is of {run['task']} by {run['method']}, unknown here, and is left out")
             return None
         own = run.get("settings", {"k": run.get("k"), "steps": run.get("steps")})
-        before = {"eval_every": 0, "precision": "bf16" if own.pop("bf16", False) else "fp32"}  # these options
+        older = {"eval_every": 0, "precision": "bf16" if own.pop("bf16", False) else "fp32"}  # ran so
         defaults = {entry.name: entry.default for entry in dataclasses.fields(Settings)[1:]}
-        run["settings"] = defaults | before | own
+        run["settings"] = defaults | older | own
         assert isinstance(run["settings"]["fisher_labels"], str) and isinstance(run.get("data", ""), str)
         metrics = run["scores"]["en"].keys()
-        stacked = run.get("language_adapters", {})
-        assert isinstance(run["average"], dict) and isinstance(sources_of(run), dict)
-        assert all(isinstance(adapter, str | None) for adapter in stacked.values())
+        assert isinstance(run["average"], dict) and isinstance(run[SOURCES], dict)
+        assert all(isinstance(adapter, str | None) for adapter in run["language_adapters"].values())
         for score in (*run["scores"].values(), run["average"] or run["scores"]["en"]):
             assert score.keys() == metrics and all(isinstance(score[name], (int, float)) for name in metrics)
         assert all(len([int(step), int(block)]) == 2 for step, block in run["order"])
@@ -1047,54 +1048,49 @@ def top_down(run: dict) -> list[float]:
     return [mean(1 if first > second else -1 for first, second in pairs)]
 
 
-def notes(methods: dict[str, list[dict]]) -> list[str]:
+def notes(methods: dict[str, list[dict]]) -> Iterator[str]:
     """The lines under a table: orders that differ by seed, correlations, language adapters, and in what the
     runs differ from those behind the paper's figures."""
-    lines = [f"{method}, seed {run['seed']}, opened {opening_order(run)}" for method, runs in methods.items()
-             if len({opening_order(run) for run in runs}) > 1 for run in runs]
-    lines += correlations(methods)
+    for method, runs in methods.items():
+        for run in runs if len({opening_order(run) for run in runs}) > 1 else []:
+            yield f"{method}, seed {run['seed']}, opened {opening_order(run)}"
+    yield from correlations(methods)
     firsts = {method: runs[0] for method, runs in methods.items()}
-    for run in [run for run in firsts.values() if any(run.get("language_adapters", {}).values())][:1]:
-        lines.append("language adapters: " + ", ".join(
-            f"{sources_of(run).get(adapter, adapter)} for {language}"
-            for language, adapter in run["language_adapters"].items()))
+    for run in [run for run in firsts.values() if any(run["language_adapters"].values())][:1]:
+        yield "language adapters: " + ", ".join(f"{run[SOURCES].get(adapter, adapter)} for {language}"
+                                                for language, adapter in run["language_adapters"].items())
     if is_selected_on_test(methods):
-        lines.append("optimistic: English is tested on COPA's validation split, which selects the weights")
-    return lines + paper_notes(firsts)
+        yield "optimistic: English is tested on COPA's validation split, which selects the weights"
+    yield from paper_notes(firsts)
 
 
-def sources_of(run: dict) -> dict[str, str]:
-    """By language adapter the hub's repository or the folder that it is from, as far as the record has it."""
-    return run.get("language_adapter_sources", {})
-
-
-def paper_notes(firsts: dict[str, dict]) -> list[str]:
+def paper_notes(firsts: dict[str, dict]) -> Iterator[str]:
     """What to know about the paper's figures in a table, from a run of each column."""
     metric = next(iter(next(iter(firsts.values()))["scores"]["en"]))
     known = {method: run for method, run in firsts.items() if paper_figure(run, metric) != "-"}
     apart: dict[tuple, list[str]] = {}
     for method, run in known.items():
         apart.setdefault(tuple(departures(run)), []).append(method)
-    lines = [f"* {'; '.join(names)}: not the paper's setting, but {', '.join(what)}"
-             for what, names in apart.items() if what]
+    for what, names in apart.items():
+        if what:
+            yield f"* {'; '.join(names)}: not the paper's setting, but {', '.join(what)}"
     for method, run in firsts.items():
         released = run | {"settings": run["settings"] | {"first": "top"}}
         if method not in known and paper_figure(released, metric) != "-":
-            lines.append(f"{method}: Algorithm 1's form; the paper has the released form (--first top)")
+            yield f"{method}: Algorithm 1's form; the paper has the released form (--first top)"
         elif method in known and run["method"] in TOP_FIRST:
-            lines.append(f"{method}: the released form, of which the paper's figure is")
+            yield f"{method}: the released form, of which the paper's figure is"
         estimator = run["settings"]["fisher_labels"], run["settings"]["fisher_batches"]
         if method in known and run["method"] == "fun" and estimator != ("official", 41):
-            lines.append(f"{method}: the paper's tr(F) is the official formula on 41 batches")
+            yield f"{method}: the paper's tr(F) is the official formula on 41 batches"
     run = next(iter(known.values()), {})
     if run.get("train_examples") in LOW_SIZES:
-        lines.append("the paper's low data are the first rows, for every seed; here a sample by seed")
+        yield "the paper's low data are the first rows, for every seed; here a sample by seed"
     if run.get("task") == "xcopa":
-        lines.append("the paper's XCOPA has its own questions, wrong in part of th, tr, sw, id and it; here "
-                     "they are English COPA's")
+        yield ("the paper's XCOPA has its own questions, wrong in part of th, tr, sw, id and it; here they are "
+               "English COPA's")
     if any(run["method"] == "full" for run in known.values()):
-        lines.append("full: the paper does not give its learning rate")
-    return lines
+        yield "full: the paper does not give its learning rate"
 
 
 def is_selected_on_test(methods: dict[str, list[dict]]) -> bool:
@@ -1103,11 +1099,10 @@ def is_selected_on_test(methods: dict[str, list[dict]]) -> bool:
                for runs in methods.values() for run in runs)
 
 
-def correlations(methods: dict[str, list[dict]]) -> list[str]:
+def correlations(methods: dict[str, list[dict]]) -> Iterator[str]:
     """Spearman's correlation of tr(F) per open block with scores, over the runs of two methods or more whose
-    tr(F) is measured alike. A run is one point: its validation score or mean of targets, both of the weights
-    kept, over tr(F) at the last measurement up to their step (as a point of the paper's Figure 4), or over
-    the highest up to it."""
+    tr(F) is measured alike. Each run is a point: x is tr(F) at the last measurement up to the weights kept (as
+    in the paper's Figure 4), or the highest up to there, y their validation score or mean of targets."""
     alike: dict[tuple, list[tuple]] = {}
     for method, runs in methods.items():
         for run in runs:
@@ -1119,15 +1114,13 @@ def correlations(methods: dict[str, list[dict]]) -> list[str]:
                 way = run["settings"]["fisher_labels"], str(run["settings"]["fisher_batches"])
                 point = method, curve[-1], max(curve), kept[metric], run["average"][metric]
                 alike.setdefault(way, []).append(point)
-    lines = []
     for (labels, _), points in alike.items():
         names, last, highest, validation, targets = zip(*points)
         if len({*names}) > 1 and len(points) > 2:
             both = [f"{spearman(traces, validation):.2f} and {spearman(traces, targets):.2f}"
                     for traces in (last, highest)]
-            lines.append("Spearman's correlation of tr(F) per open block with validation and mean of targets "
-                         f"{both[0]}, of its highest {both[1]} ({len(points)} runs, {labels} labels)")
-    return lines
+            yield ("Spearman's correlation of tr(F) per open block with validation and mean of targets "
+                   f"{both[0]}, of its highest {both[1]} ({len(points)} runs, {labels} labels)")
 
 
 def spearman(first: tuple, second: tuple) -> float:

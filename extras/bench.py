@@ -8,9 +8,9 @@
     python extras/bench.py fisher    # tr(F) against a training pass, a loop over examples and torch.func
     python extras/bench.py order     # how many examples it takes to rank the blocks (after extras/demo.py)
 
-The models have the demo's shape (12 layers of 384, random weights), a batch 32 rows of random tokens. A round
-runs every variant once, so that a slow spell of the machine falls on all; figures are medians over rounds.
---quick only shows that a benchmark runs: its figures mean nothing.
+The models have the demo's shape (12 layers of 384, random weights), a batch 32 rows of random tokens, but for
+--size base and --data. A round runs every variant once, so that a slow spell of the machine falls on all;
+figures are medians over rounds. --quick only shows that a benchmark runs: its figures mean nothing.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
 
 ROOT = Path(__file__).parent.parent
-ROWS, ROUNDS, BATCHES, EXAMPLES = 32, 15, 64, 2048  # BATCHES: of epoch; EXAMPLES: of order
+ROWS, ROUNDS, BATCHES, EXAMPLES, LAYERS = 32, 15, 64, 2048, 12  # BATCHES: of epoch; EXAMPLES: of order
 STEPS = 1166  # of two epochs of the README's xnli run, in which 11 of 12 blocks are chosen by tr(F)
 OPEN_BLOCKS = (1, 2, 3, 6, 9, 12)  # from the top, as gradual unfreezing opens them
 
@@ -70,7 +70,6 @@ def median_ratios(variants: dict, base: str, rounds: int | None = None) -> tuple
 
 def steps() -> None:
     """Print the time of a training step (forward, backward, clip, AdamW) by the number of open blocks."""
-    sys.path.insert(0, str(ROOT))
     from adapters import add_task_adapters
     from unfreeze import keep_freed_memory
     keep_freed_memory()
@@ -110,25 +109,23 @@ MNLI_TOKENS = (6, 17, 21, 24, 26, 29, 31, 34, 36, 39, 41, 44, 46, 49, 52, 56, 59
 
 def pairs_like_mnli(count: int) -> list[dict]:
     """Examples of random tokens, as long as MNLI's."""
-    place = 20 * torch.rand(count)
-    low = torch.tensor(MNLI_TOKENS)[place.long()]
-    lengths = low + ((torch.tensor(MNLI_TOKENS)[place.long() + 1] - low) * place.frac()).long()
+    lengths = torch.tensor(MNLI_TOKENS).float().quantile(torch.rand(count)).long().tolist()
     return [{"input_ids": torch.randint(5, 1000, (length,)), "attention_mask": torch.ones(length).long(),
-             "labels": length % 3} for length in lengths.tolist()]
+             "labels": length % 3} for length in lengths]
 
 
 def base() -> None:
     """Print time and memory of a step of XLM-R base (random weights) by precision, open blocks and batch."""
-    sys.path.insert(0, str(ROOT))
     import unfreeze
     from adapters import add_task_adapters
     from fisher import fisher_trace
-    from tasks import pad, predict, tokens_of, TASKS
+    from tasks import TASKS, pad, predict, tokens_of
     unfreeze.keep_freed_memory()
     device, task = unfreeze.device_of(unfreeze.parse(["xnli"])), TASKS["xnli"]
     torch.manual_seed(0)
     model = XLMRobertaForSequenceClassification(XLMRobertaConfig(
-        vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1, num_labels=3)).to(device)
+        vocab_size=250_002, num_hidden_layers=LAYERS, max_position_embeddings=514, type_vocab_size=1,
+        num_labels=3)).to(device)
     blocks = add_task_adapters(model)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-5, weight_decay=0.0, fused=True)
@@ -138,37 +135,35 @@ def base() -> None:
     batches = [sorted(pairs_like_mnli(4 * ROWS), key=tokens_of) for _ in range(8)]
 
     def step(kind: str, count: int, precision: str) -> None:
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         model.train()
         open_top(blocks, count)
-        batches.append(batches.pop(0))
-        batch = collate(batches[0], is_packed=kind == "packed")
-        if kind == "padded to 128":
+        batch = collate(batches[turn[kind] % len(batches)], is_packed=kind == "packed")  # all kinds the same
+        turn[kind] += 1
+        if kind == kinds[0]:
             batch = padded_to_128(batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = task.loss(model, batch)
         loss.backward()
         update(optimizer)
 
+    kinds, turn = ("padded to 128", "padded to the longest", "packed"), defaultdict(int)
     real = mean(sum(map(tokens_of, batch)) for batch in batches)
-    print(f"ms a step (over padding to 128), GiB at the peak beyond the weights; XLM-R base, {4 * ROWS} pairs "
-          f"as long as MNLI's ({real:.0f} tokens a batch), {describe(model)}")
-    kinds = ("padded to 128", "padded to the longest", "packed")
+    print("ms a step (over padding to 128), and GiB at the peak beyond the weights, by kind of batch; XLM-R "
+          f"base, {4 * ROWS} pairs as long as MNLI's ({real:.0f} tokens a batch), {describe(model)}")
     print("| precision | open | " + " | ".join(kinds) + " | peak memory |\n|---|---|" + "---|" * 4)
     for precision in ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16"):
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        for count in (12, 1):
+        for count in (LAYERS, 1):
             run = {kind: partial(step, kind, count, precision) for kind in kinds}
-            for variant in run.values():
-                variant()
             ratios, ms = median_ratios(run, kinds[0])
             memory = [peak_memory(variant) / 2**30 for variant in run.values()]
             print(f"| {precision} | {count} | " + " | ".join(
                 f"{ratios[kind] * ms:.1f} ({ratios[kind]:.2f})" for kind in kinds) + " | "
                 + ", ".join(f"{gib:.2f}" for gib in memory) + " |", flush=True)
     precision = unfreeze.PRECISION[device.type]
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    step("packed", LAYERS, precision)
     if device.type == "cuda":
-        for count in (12, 1):
+        for count in (LAYERS, 1):
             with torch.profiler.profile() as profile:
                 step("packed", count, precision)
                 torch.cuda.synchronize()
@@ -178,7 +173,7 @@ def base() -> None:
             print(f"packed, {precision}, {count} open: {launches} launches, {busy:.1f} ms on the device")
     tests = [example for batch in batches for example in batch] * (5 if device.type == "cuda" else 1)
     one = collate(batches[0], is_packed=False)
-    open_top(blocks, 12)
+    open_top(blocks, LAYERS)
     ratios, ms = median_ratios({
         "pass": lambda: torch.autograd.grad(model.eval()(**one).loss, learned),
         "trace": lambda: fisher_trace(model, 4 * [{**one}], blocks),
@@ -191,6 +186,7 @@ def base() -> None:
 
 
 def padded_to_128(batch: dict) -> dict:
+    """[B, T] -> [B, 128]"""
     ids, add = batch["input_ids"], (0, 128 - batch["input_ids"].shape[1])
     mask = batch.get("attention_mask", torch.ones_like(ids))
     return batch | {"input_ids": torch.nn.functional.pad(ids, add, value=1),
@@ -267,8 +263,7 @@ def where(step) -> None:
 
 
 def epoch(data: str, folder: str) -> None:
-    """Print the time of an epoch of xnli by padding and by method, and that of testing every language."""
-    sys.path.insert(0, str(ROOT))
+    """Print the time of an epoch of xnli by padding and by method, and of testing every language, on a CPU."""
     import unfreeze
     from fisher import fisher_trace
     from tasks import TASKS, load_data, load_model, predict, sampled, tokens_of
@@ -412,7 +407,6 @@ def peak_memory(run) -> int:
 
 def fisher() -> None:
     """Print what tr(F) costs, against what it needs at least, and against the other ways to it."""
-    sys.path.insert(0, str(ROOT))
     from adapters import add_task_adapters
     from fisher import fisher_diagonal, fisher_trace
     model = new_model().eval()
@@ -467,7 +461,6 @@ def fisher() -> None:
 
 def order() -> None:
     """Print how well tr(F) of n examples ranks the blocks: Kendall's tau with the exact order of 2,048."""
-    sys.path.insert(0, str(ROOT))
     from transformers import AutoTokenizer
     from adapters import add_task_adapters
     print("mean Kendall tau with the order by the exact trace of 2,048 examples, over 50 draws of n examples")
@@ -536,8 +529,10 @@ if __name__ == "__main__":
     parser.add_argument("--peer", action="store_true", help="for steps: peer's table too")
     parser.add_argument("--quick", action="store_true", help="one round of small batches")
     given = parser.parse_args()
+    if given.name != "peer":  # where `adapters` is the library
+        sys.path.insert(0, str(ROOT))
     if given.quick:
-        ROWS, ROUNDS, BATCHES, EXAMPLES = 4, 1, 4, 32
+        ROWS, ROUNDS, BATCHES, EXAMPLES, LAYERS = 4, 1, 4, 32, 2
     (base if given.size == "base" else benchmarks[given.name])()
     if given.data:
         epoch(given.data, given.model)
