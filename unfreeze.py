@@ -12,7 +12,7 @@ Transfer with Scheduled Unfreezing. NAACL 2024 (Algorithm 1; the tasks and prese
     unfreezer = Unfreezer(blocks, "gu", k=800); ...; unfreezer.step(i)   # before training step i
 
 Train on English only, open the adapters block by block, report tr(F), select on English validation, test in
-every language. Departures from the official code: GU opens its second block after k steps (there 2k), FUN,
+every language. Departures from the official code: GU opens its second block after k steps (there 2k - 1), FUN,
 rand, rev and order choose their first block, too (there and with --first top, it is the top one), tr(F) is
 equation 1 (see fisher.py).
 """
@@ -309,7 +309,7 @@ def train(settings: Settings) -> None:
 
     def read_back(step: int) -> None:
         if readings:
-            values = torch.stack(readings).tolist()  # the only thing in training that waits for the device
+            values = torch.stack(readings).tolist()  # all that waits for the device, but in mlm
             state["losses"] += finite_losses(settings, values, step, len(examples))
             readings.clear()
 
