@@ -1875,7 +1875,7 @@ def test_a_packed_batch_has_the_gradient_of_its_examples_one_by_one(
     if kind != "DebertaV2":
         unfreeze.allow_packing(model)
     for rows in (6, 1, 100):
-        monkeypatch.setattr(unfreeze, "GROUP_ROWS", rows)
+        monkeypatch.setattr(unfreeze, "GROUP_ROWS", {device: rows})
         inputs = collator(model, tokenizer, device, task)(examples)
         assert ("packing" in inputs) == (kind != "DebertaV2")
         loss = tasks.TASKS[task].loss(model, inputs)
@@ -1883,6 +1883,32 @@ def test_a_packed_batch_has_the_gradient_of_its_examples_one_by_one(
                                    check_dtype=False)
         found = torch.autograd.grad(loss, parameters, materialize_grads=True)
         torch.testing.assert_close(found, gradients, rtol=0, atol=close, check_dtype=False, check_device=False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [6, 100])
+def test_the_gradient_of_a_packed_batch_is_of_the_dropout_that_was_drawn(rows, device, assets, monkeypatch):
+    monkeypatch.setattr(unfreeze, "GROUP_ROWS", {device: rows})
+    dropout = {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.1}
+    model = tiny_model(**dropout).to(device, torch.float64 if device == "cpu" else torch.float32).train()
+    blocks = randomise(add_task_adapters(model))
+    unfreeze.allow_packing(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(assets / "model")
+    inputs = collator(model, tokenizer, device)(examples_of("xnli"))
+    direction = {parameter: torch.randn_like(parameter) for parameter in blocks[0].parameters()}
+    step = 1e-5 if device == "cpu" else 1e-2
+
+    def loss_at(distance: float) -> torch.Tensor:
+        with torch.no_grad():
+            for parameter, way in direction.items():
+                parameter.add_(way, alpha=distance)
+        torch.manual_seed(7)
+        return model(**inputs).loss
+
+    slope = sum((gradient * way).sum() for gradient, way in zip(
+        torch.autograd.grad(loss_at(0), list(direction)), direction.values()))
+    above, below = loss_at(step).item(), loss_at(-2 * step).item()
+    assert slope.item() == pytest.approx((above - below) / (2 * step), rel=1e-5 if device == "cpu" else 0.05)
 
 
 def test_packing_leaves_the_results_of_a_run_and_no_trace_in_its_model(assets, tmp_path):

@@ -496,27 +496,46 @@ def finite_losses(settings: Settings, readings: list[list[float]], done: int, ex
 # ------------------------------------------------------------------------------------------------------------
 
 PACKED = ("xlm-roberta", "roberta", "bert")  # types whose encoder can run so
-GROUP_ROWS = 6  # sequences that attention on a CPU sees at a time, padded to their longest
+GROUP_ROWS = {"cpu": 6}  # sequences that attention sees at a time; elsewhere all of the batch
 
 
 class Packing:
     """Where the real tokens of a padded batch are. A batch that has one, as `packing`, runs packed. Positions
     are counted by the embeddings, which see the padded batch.
 
-    mask: [B, T], on the CPU, so that nothing waits for the device, to which `move` takes a tensor."""
+    mask: [B, T], on the CPU, so that nothing waits for the device, to which `move` takes a tensor. Attention
+    sees `rows` sequences at a time, padded to their longest."""
 
-    def __init__(self, mask: torch.Tensor, move: Callable, on_cuda: bool):
-        lengths = mask.sum(1)  # [B]
-        self.shape, self.longest = mask.shape, int(lengths.max())
-        self.index = move(places(mask))  # [N]
-        self.ends = move(nn.functional.pad(lengths.cumsum(0), (1, 0)).int())  # [B + 1]
-        groups = [] if on_cuda else [rows[:, rows.any(0)] for rows in mask.split(GROUP_ROWS)]
-        self.groups = [(move(group), move(places(group))) for group in groups]  # [rows, longest], [n]
+    def __init__(self, mask: torch.Tensor, move: Callable, rows: int):
+        self.shape, self.index = mask.shape, move(places(mask))  # [N]
+        groups = [group[:, group.any(0)] for group in mask.split(rows)]  # [rows, longest]
+        self.groups = [(move(group), move(places(group)), move(numbers(group))) for group in groups]
 
 
 def places(mask: torch.Tensor) -> torch.Tensor:
-    """[B, T] -> [N]: of the real tokens in the flattened batch."""
+    """[B, T] -> [N]: of the real tokens in the padded batch."""
     return mask.flatten().nonzero()[:, 0]
+
+
+def numbers(mask: torch.Tensor) -> torch.Tensor:
+    """[B, T] -> [B T]: of the real token at each place; any at one of padding."""
+    return (mask.flatten().cumsum(0) - 1).clamp(min=0)
+
+
+class Moved(torch.autograd.Function):
+    """x[there], whose gradient is gathered, too: gradient[back], or nothing where `real` is False. (Of an index
+    autograd makes a scatter, which on CUDA sorts the places for the sake of determinism.)"""
+
+    @staticmethod
+    def forward(context, x, there, back, real):
+        context.save_for_backward(back, real)
+        return x.index_select(0, there)
+
+    @staticmethod
+    def backward(context, gradient):
+        back, real = context.saved_tensors
+        gradient = gradient.index_select(0, back)
+        return gradient if real is None else gradient * real, None, None, None
 
 
 def allow_packing(model: nn.Module) -> None:
@@ -555,20 +574,17 @@ def packed_attention(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: tor
     if packing is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, dropout, scaling, **keywords)
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [N, heads, d]
-    if not packing.groups:
-        return torch.ops.aten._efficient_attention_forward(  # what nested tensors call; needs no padding
-            q[None], k[None], v[None], None, packing.ends, packing.ends, packing.longest, packing.longest,
-            dropout, 0, True, scale=scaling)[0], None  # [1, N, heads, d]
-    sizes, outputs = [len(place) for _, place in packing.groups], []
-    for (group, place), *parts in zip(packing.groups, *(x.split(sizes) for x in (q, k, v))):
+    sizes, outputs = [len(place) for _, place, _ in packing.groups], []
+    for (group, place, number), *parts in zip(packing.groups, *(x.split(sizes) for x in (q, k, v))):
         is_full = len(place) == group.numel()
         if not is_full:  # [n, heads, d] -> [rows * longest, heads, d]
-            parts = [x.new_zeros(group.numel(), *x.shape[1:]).index_copy(0, place, x) for x in parts]
+            parts = [Moved.apply(x, number, place, None) for x in parts]
         parts = [x.unflatten(0, group.shape).transpose(1, 2) for x in parts]  # [rows, heads, longest, d]
         mask = None if is_full else group[:, None, None]
         output = scaled_dot_product_attention(*parts, mask, dropout, scale=scaling)
         output = output.transpose(1, 2).flatten(0, 1)  # [rows * longest, heads, d]
-        outputs.append(output if is_full else output.index_select(0, place))
+        real = group.flatten()[:, None, None]
+        outputs.append(output if is_full else Moved.apply(output, place, number, real))
     return torch.cat(outputs)[None], None
 
 
@@ -585,7 +601,7 @@ def batch_on(device: torch.device, model: nn.Module, make: Callable, examples: l
         if mask.all():
             del batch["attention_mask"]
         elif is_packed:
-            packing["packing"] = Packing(mask, move, device.type == "cuda")
+            packing["packing"] = Packing(mask, move, GROUP_ROWS.get(device.type, len(mask)))
     return {key: move(value) for key, value in batch.items()} | packing
 
 
