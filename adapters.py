@@ -602,7 +602,7 @@ def _load(model: nn.Module, source: str | Path, name: str | None, language: bool
     config = _read_config(folder, facts)
     weights = {_modern(key).removeprefix(model.base_model_prefix + "."): value for key, value
                in _read_weights(model, folder, "adapter.safetensors", "pytorch_adapter.bin").items()}
-    if language is None and ("type" in facts or not config.get("inv_adapter")):
+    if language is None and (facts.get("type") or not config.get("inv_adapter")):
         language = facts.get("type") == "text_lang"
     head_facts = {}
     if not language and (head_folder / "head_config.json").is_file():

@@ -45,8 +45,8 @@ def fisher_trace(
     labels: "sampled" draws one y per example from the model's own output (equation 1) with `generator` (None:
     a fresh one with seed 0); "exact" takes the expectation over all C classes, in C backward passes; "argmax"
     the likeliest class; "gold" the batch's own labels (the empirical Fisher). "official" is the official
-    repository's estimator: the sum over batches of || grad m ||^2 / B, where B is the first batch's size and m
-    the mean of log p over the rows of logits of a batch, each with its likeliest class; of spans, start and
+    repository's estimator: the sum over batches of || grad m ||^2 / B, where B is the first batch's size and
+    m the mean of log p over the rows of logits of a batch, each with its likeliest class; of spans, start and
     end logits are rows of one mean, with padding among the classes. It is the paper's if fed as there: 41
     batches of a shuffled loader, padded to 384 for spans.
     The model runs in eval mode and returns `.logits` [B, C], or `.start_logits` and `.end_logits` [B, T] with
@@ -127,7 +127,7 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
                 for parameter, x, g in _gradients(chosen, calls, owners, slow, keep_graph=not last):
                     used.add(parameter)
                     if labels == "official":  # the batch as one example [1, B T, H]: its mean gradient
-                        scale = size * len(log_p) * first**0.5  # rows of logits, root of the first batch's size
+                        scale = size * len(log_p) * first**0.5  # rows of logits, root of the first batch
                         x, g = None if x is None else x.flatten(0, 1)[None], g.flatten(0, 1)[None] / scale
                     add(parameter, x, g)
             examples += size

@@ -339,7 +339,7 @@ def encode_pairs(rows: list[dict], tokenizer, max_length: int, labels: list) -> 
 
 def tensors_of(encoded: dict, i: int) -> dict[str, torch.Tensor]:
     """The i-th sequence that a tokenizer gives, each of its lists as a tensor [T]."""
-    return {key: torch.tensor(values[i]) for key, values in encoded.items()}
+    return {key: torch.tensor(values[i], dtype=torch.long) for key, values in encoded.items()}
 
 
 def encode_choices(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
@@ -947,7 +947,7 @@ def departures(run: dict) -> list[str]:
     """What sets a run of a task of the paper apart from the setting of the paper's figure."""
     task, settings, scores = TASKS[run["task"]], run["settings"], run["scores"]
     size = TRAINING_SIZES[task.training_set]
-    examples = run.get("train_examples", size)
+    examples = run.get("train_examples") or settings["train_examples"] or size
     adapter = "lora" if run["adapter"] == "lora" else "pfeiffer"
     names = ("epochs", "lr", "batch_size", "decay", "k")
     theirs = dict(zip(names, preset(run["task"], model_of(run), adapter, run["method"], examples)))
@@ -963,7 +963,11 @@ def departures(run: dict) -> list[str]:
     if run["method"] != "full":
         source, own = str(settings["language_adapters"]), len(lacking) < len(scores)
         found["no language adapter" + (f" for {' '.join(lacking)}" if own else "s")] = bool(lacking)
-        found[f"language adapters {source}"] = own and not source.startswith("auto")
+        places = run["language_adapter_sources"].items()  # the paper has trained some for mBERT itself
+        theirs_too = ("it", "ta", "th") if model_of(run) == "bert" else ()
+        others = [language for language, place in places if not place.startswith("AdapterHub/")]
+        found[f"language adapters {source}"] = own and (
+            not source.startswith("auto") or not {*others} <= {*theirs_too})
     for name, value in theirs.items():
         own = f"{settings['steps']} steps" if name == "epochs" and settings["epochs"] is None else \
             f"{name.replace('_', ' ')} {settings[name]}"

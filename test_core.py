@@ -1466,7 +1466,8 @@ def test_inference_mode_and_a_wrapped_model_measure_the_same():
         soft = nn.Sequential(nn.Linear(3, 3))
         with pytest.raises(ValueError, match="made inside torch.inference_mode"):
             fisher_trace(soft, [{"input": torch.randn(2, 3)}], [soft])
-    assert torch.equal(fisher_trace(nn.DataParallel(model), [batch()], blocks), expected)
+    wrapped = nn.DataParallel(model, device_ids=[])  # on the CPU, also where there is a CUDA device
+    assert torch.equal(fisher_trace(wrapped, [batch()], blocks), expected)
 
 
 class Mixing(nn.Module):
@@ -1882,7 +1883,8 @@ def test_a_packed_batch_has_the_gradient_of_its_examples_one_by_one(
         torch.testing.assert_close(loss.cpu(), expected.detach(), rtol=max(1e-6, close), atol=0,
                                    check_dtype=False)
         found = torch.autograd.grad(loss, parameters, materialize_grads=True)
-        torch.testing.assert_close(found, gradients, rtol=0, atol=close, check_dtype=False, check_device=False)
+        torch.testing.assert_close(found, gradients, rtol=0, atol=close, check_dtype=False,
+                                   check_device=False)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -2166,10 +2168,12 @@ def test_report_gives_the_shape_of_the_curve_of_the_trace_averaged_over_seeds(tm
                "average": (1e3 + 2 * value) / 2} for step, value in curve.items()))))  # with the frozen one
     runs = [tmp_path / "0", tmp_path / "1"]
     assert printed_table(runs, capsys)["tr(F) first, highest, last"] == ["3, 6 at 5, 2"]
-    with (tmp_path / "1" / "log.jsonl").open("a") as log:
-        log.write('{"event": "fisher", "step": 30, "trainable": [1]}\n')
-    assert unfreeze.main(["report", *map(str, runs)]) == 2
-    assert "log.jsonl is damaged" in capsys.readouterr().err
+    log = (tmp_path / "1" / "log.jsonl").read_text()
+    for trace in ("", ', "trace": [1, NaN]', ', "trace": [1]'):
+        (tmp_path / "1" / "log.jsonl").write_text(
+            log + '{"event": "fisher", "step": 30, "trainable": [1]%s}\n' % trace)
+        assert unfreeze.main(["report", *map(str, runs)]) == 2
+        assert "log.jsonl is damaged" in capsys.readouterr().err
 
 
 def test_the_readmes_tables_of_results_are_what_report_prints(capsys):
@@ -2264,6 +2268,8 @@ def test_report_sets_the_papers_figure_and_the_difference_beside_a_run_in_its_se
                             for language in "en ar de el es hi ru sw th tr vi zh".split()}},
      "no language adapter for sw th"),
     ({"settings": {"language_adapters": "folder"}}, "language adapters folder"),
+    ({"settings": {"language_adapters": "auto,own"}, "language_adapter_sources": {"de": "own/de"}},
+     "language adapters auto,own"),
     ({"settings": {"test_examples": 100}}, "100 test examples"),
     ({"settings": {"data": "folder"}}, "data of a folder"),
     ({"settings": {"epochs": 3}}, "epochs 3"),
@@ -2275,10 +2281,12 @@ def test_report_sets_the_papers_figure_and_the_difference_beside_a_run_in_its_se
 def test_report_names_what_differs_from_the_papers_setting_and_gives_no_difference(
         change, named, tmp_path, capsys):
     run = papers_run(tmp_path / "run", "xnli", **change)
-    assert unfreeze.main(["report", str(run)]) == 0
-    printed = capsys.readouterr().out
-    assert f"* gu: not the paper's setting, but {named}\n" in printed and "73.44±0.24 *" in printed
-    assert "difference" not in tables_of(printed)[0]
+    beside = [papers_run(tmp_path / "beside", "xnli", seed=1)] if "data of" in named else []
+    for runs in [run, *beside], [*beside, run]:  # one such run in a column is enough
+        assert unfreeze.main(["report", *map(str, runs)]) == 0
+        printed = capsys.readouterr().out
+        assert f"* gu: not the paper's setting, but {named}\n" in printed and "73.44±0.24 *" in printed
+        assert "difference" not in tables_of(printed)[0]
 
 
 def test_report_says_which_language_was_tested_with_what_and_what_chose_the_order(tmp_path, capsys):
@@ -2510,7 +2518,6 @@ BAD_INPUTS = {
     "order without method": ("--order 3,2,1,0", None, "--order"),
     "order incomplete": ("--method order --order 3,2", None, "each of the blocks 0..3 once"),
     "order twice": ("--method order --order 3,2,1,1", None, "each of the blocks 0..3 once"),
-    "first without one": ("--method lpft --first top", None, "--first top: lpft opens no block at step 0"),
     "the bottom one first": ("--first bottom", None, "invalid choice: 'bottom'"),
     "validation every -1": ("--eval-every -1", None, "--eval-every must be at least 0"),
     "another validation": ("--eval-every 5", None, "is of a run with --eval-every 0, not 5"),
@@ -3854,7 +3861,10 @@ def test_the_top_block_first_is_another_run_where_it_differs(assets, tmp_path, c
     assert unfreeze.main([*arguments, "--method", "rev", "--first", "top", *out]) == 2
     assert "holds a finished run with --first None, not top" in capsys.readouterr().err
     assert unfreeze.main([*arguments, "--method", "gu", "--first", "top", "--fisher-every", "9"]) == 0
-    assert "is finished and kept" in capsys.readouterr().out  # the same run either way
+    again = ["--method", "lpft standard", "--first", "top", "--fisher-every", "9"]
+    assert unfreeze.main([*arguments, *again]) == 0
+    assert "standard-3 is finished and kept" in capsys.readouterr().out  # the same run either way
+    assert "classify-model-data-lpft-3" in os.listdir("runs")
 
 
 def test_full_is_the_same_run_whatever_the_adapter_would_be(assets, tmp_path, capsys):

@@ -12,9 +12,9 @@ Transfer with Scheduled Unfreezing. NAACL 2024 (Algorithm 1; the tasks and prese
     unfreezer = Unfreezer(blocks, "gu", k=800); ...; unfreezer.step(i)   # before training step i
 
 Train on English only, open the adapters block by block, report tr(F), select on English validation, test in
-every language. Departures from the official code: GU opens its second block after k steps (there 2k - 1), FUN,
-rand, rev and order choose their first block, too (there and with --first top, it is the top one), tr(F) is
-equation 1 (see fisher.py).
+every language. Departures from the official code: GU opens its second block after k steps (there 2k - 1),
+FUN, rand, rev and order choose their first block, too (there and with --first top, it is the top one), tr(F)
+is equation 1 (see fisher.py).
 """
 
 import argparse
@@ -198,8 +198,8 @@ class Settings:
     method: str = option(None, "which blocks open when (default: gu); several in quotes: a run of each",
                          choices=[*SELECT, "full"])
     order: str | None = option(None, "for --method order: all blocks, first opened first", metavar="11,10,…")
-    first: str | None = option(None, "open the top block at step 0, whatever the method, as the official "
-                               "code does; not for lpft and none", choices=["top"])
+    first: str | None = option(None, "the official code's form of rand, fun, rev and order: the top block "
+                               "opens at step 0", choices=["top"])
     k: int | None = option(None, "steps between two openings", least=1)
     adapter: str = option("pfeiffer", "what is trained in each layer", choices=["pfeiffer", "lora"])
     model: str = option("FacebookAI/xlm-roberta-base", "a folder or a hub name: XLM-R, RoBERTa, BERT, "
@@ -250,8 +250,6 @@ def check(settings: Settings) -> None:
         raise UserError("--epochs and --steps exclude each other: give one of them")
     if (settings.method == "order") != (settings.order is not None):
         raise UserError("--method order and --order 11,10,… go together: give both or neither")
-    if settings.first and settings.method in ("lpft", "none"):
-        raise UserError(f"--first top: {settings.method} opens no block at step 0; leave one of the two out")
     if settings.data is None and not TASKS[settings.task].hub:
         raise UserError(f"--data is missing: {settings.task} has no data of its own on the hub")
     if settings.task != "mlm":
@@ -282,6 +280,8 @@ def train(settings: Settings) -> None:
     model.to(device)
     length = settings.max_length or task.max_length
     encoded = {name: task.encode(rows, tokenizer, length, labels) for name, rows in splits.items()}
+    if not all(map(tokens_of, itertools.chain(*encoded.values()))):
+        raise UserError("--data has texts without a token, and the tokenizer adds none: take them out")
     examples = encoded["train"]
     settings = resolve(settings, model.config.model_type, len(blocks), len(splits["train"]), len(examples))
     settings = dataclasses.replace(settings, precision=settings.precision or PRECISION[device.type])
@@ -523,8 +523,8 @@ def numbers(mask: torch.Tensor) -> torch.Tensor:
 
 
 class Moved(torch.autograd.Function):
-    """x[there], whose gradient is gathered, too: gradient[back], or nothing where `real` is False. (Of an index
-    autograd makes a scatter, which on CUDA sorts the places for the sake of determinism.)"""
+    """x[there], whose gradient is gathered, too: gradient[back], or zero where `real` is False. (Autograd turns
+    an index into a scatter, which on CUDA sorts the places in order to be deterministic.)"""
 
     @staticmethod
     def forward(context, x, there, back, real):
@@ -625,8 +625,10 @@ def first_difference(then: dict, now: dict) -> str | None:
     """The first setting of two runs, data included, that lets their results differ, if there is one."""
     without_effect = ("--out", "--overwrite", "--save-every", "--device", "--data")
     for name, value in now.items():
-        if then.get(name) != value and name not in without_effect:
-            return f"{name} {then.get(name)}, not {value}"
+        if name not in then:
+            return f"no {name} (an earlier version's)"
+        if then[name] != value and name not in without_effect:
+            return f"{name} {then[name]}, not {value}"
 
 
 def is_finished(out: Path, identity: dict) -> bool:
@@ -974,7 +976,7 @@ def table(methods: dict[str, list[dict]]) -> list[list[str]]:
 
     def paper(runs: list[dict], metric: str) -> str:
         figure = paper_figure(runs[0], metric)
-        return figure if figure == "-" or not departures(runs[0]) else f"{figure} *"
+        return figure if figure == "-" or not any(map(departures, runs)) else f"{figure} *"
 
     def difference(runs: list[dict], metric: str) -> str:
         figure = paper(runs, metric)
@@ -1077,16 +1079,17 @@ def notes(methods: dict[str, list[dict]]) -> Iterator[str]:
                                                 for language, adapter in run["language_adapters"].items())
     if is_selected_on_test(methods):
         yield "optimistic: English is tested on COPA's validation split, which selects the weights"
-    yield from paper_notes(firsts)
+    yield from paper_notes(methods, firsts)
 
 
-def paper_notes(firsts: dict[str, dict]) -> Iterator[str]:
-    """What to know about the paper's figures in a table, from a run of each column."""
+def paper_notes(methods: dict[str, list[dict]], firsts: dict[str, dict]) -> Iterator[str]:
+    """What to know about the paper's figures in a table; firsts: a run of each column."""
     metric = next(iter(next(iter(firsts.values()))["scores"]["en"]))
     known = {method: run for method, run in firsts.items() if paper_figure(run, metric) != "-"}
     apart: dict[tuple, list[str]] = {}
-    for method, run in known.items():
-        apart.setdefault(tuple(departures(run)), []).append(method)
+    for method in known:
+        found = dict.fromkeys(itertools.chain(*map(departures, methods[method])))
+        apart.setdefault(tuple(found), []).append(method)
     for what, names in apart.items():
         if what:
             yield f"* {'; '.join(names)}: not the paper's setting, but {', '.join(what)}"
@@ -1103,8 +1106,8 @@ def paper_notes(firsts: dict[str, dict]) -> Iterator[str]:
     if run.get("train_examples") in LOW_SIZES:
         yield "the paper's low data are the first rows, for every seed; here a sample by seed"
     if run.get("task") == "xcopa":
-        yield ("the paper's XCOPA has its own questions, wrong in part of th, tr, sw, id and it; here they are "
-               "English COPA's")
+        yield ("the paper's XCOPA has its own questions, wrong in part of th, tr, sw, id and it; here they "
+               "are English COPA's")
     if any(run["method"] == "full" for run in known.values()):
         yield "full: the paper does not give its learning rate"
 
@@ -1117,8 +1120,8 @@ def is_selected_on_test(methods: dict[str, list[dict]]) -> bool:
 
 def correlations(methods: dict[str, list[dict]]) -> Iterator[str]:
     """Spearman's correlation of tr(F) per open block with scores, over the runs of two methods or more whose
-    tr(F) is measured alike. Each run is a point: x is tr(F) at the last measurement up to the weights kept (as
-    in the paper's Figure 4), or the highest up to there, y their validation score or mean of targets."""
+    tr(F) is measured alike. Each run is a point: x is tr(F) at the last measurement up to the weights kept
+    (as in the paper's Figure 4), or the highest up to there, y their validation score or mean of targets."""
     alike: dict[tuple, list[tuple]] = {}
     for method, runs in methods.items():
         for run in runs:
@@ -1240,7 +1243,7 @@ def read_log(run: dict) -> tuple[list[dict], list[dict]]:
             event["average"] = mean(event["trace"][block] for block in event["trainable"])
         numbers = [event[name] for event in traces for name in ("step", "average")]
         numbers += [event[name] for event in validations for name in ("step", metric)]
-        assert all(isinstance(number, (int, float)) for number in numbers)
+        assert all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
         return traces, validations
     except FileNotFoundError:
         return [], []
@@ -1271,7 +1274,7 @@ def parse(arguments: list[str]) -> Settings:
     given["method"] = given["method"] or ("standard" if given["task"] == "mlm" else "gu")
     if given["method"] == "full":  # it has none of either
         given |= {"adapter": "pfeiffer", "language_adapters": "none"}
-    if given["method"] in ("standard", "gu", "full"):  # the same run either way
+    if given["method"] in ("standard", "gu", "lpft", "none", "full"):  # the same in either form
         given["first"] = None
     return Settings(**given)
 

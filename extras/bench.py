@@ -263,7 +263,7 @@ def where(step) -> None:
 
 
 def epoch(data: str, folder: str) -> None:
-    """Print the time of an epoch of xnli by padding and by method, and of testing every language, on a CPU."""
+    """Print the time of an epoch of xnli by padding and method, and of testing all languages, on a CPU."""
     import unfreeze
     from fisher import fisher_trace
     from tasks import TASKS, load_data, load_model, predict, sampled, tokens_of
