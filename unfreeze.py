@@ -229,8 +229,8 @@ class Settings:
     device: str | None = option(None, "default: cuda when there is one", choices=["cpu", "cuda"])
     precision: str | None = option(None, "bf16 is autocast (default: tf32 on CUDA, fp32 on a CPU)",
                                    choices=["fp32", "tf32", "bf16"])
-    whole_batches: bool = option(False, "pad each batch to its longest example (default: XLM-R, RoBERTa and "
-                                 "BERT run without padding)", action="store_true")
+    whole_batches: bool = option(False, "pad each batch to its longest example (default: on a CPU XLM-R, "
+                                 "RoBERTa and BERT run without padding)", action="store_true")
     save_every: int = option(500, "steps between two checkpoints", least=1)
     out: str | None = option(None, "the run's folder (default: runs/TASK-MODEL-METHOD-SEED)")
     overwrite: bool = option(False, "start anew, and replace a finished run", action="store_true")
@@ -287,7 +287,7 @@ def train(settings: Settings) -> None:
     settings = dataclasses.replace(settings, precision=settings.precision or PRECISION[device.type])
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.precision == "bf16")
     collate = partial(batch_on, device, model, partial(task.batch, tokenizer=tokenizer),
-                      is_packed=not settings.whole_batches)
+                      is_packed=device.type == "cpu" and not settings.whole_batches)  # not yet on CUDA
     torch.use_deterministic_algorithms(True, warn_only=model.config.model_type not in PACKED)
     if model.config.model_type in PACKED:
         allow_packing(model)
@@ -523,8 +523,8 @@ def numbers(mask: torch.Tensor) -> torch.Tensor:
 
 
 class Moved(torch.autograd.Function):
-    """x[there], whose gradient is gathered, too: gradient[back], or zero where `real` is False. (Autograd turns
-    an index into a scatter, which on CUDA sorts the places in order to be deterministic.)"""
+    """x[there], whose gradient is gathered, too: gradient[back], or zero where `real` is False. (Autograd
+    turns an index into a scatter, which on CUDA sorts the places in order to be deterministic.)"""
 
     @staticmethod
     def forward(context, x, there, back, real):

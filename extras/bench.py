@@ -122,6 +122,7 @@ def base() -> None:
     from tasks import TASKS, pad, predict, tokens_of
     unfreeze.keep_freed_memory()
     device, task = unfreeze.device_of(unfreeze.parse(["xnli"])), TASKS["xnli"]
+    torch.use_deterministic_algorithms(True)  # as a run
     torch.manual_seed(0)
     model = XLMRobertaForSequenceClassification(XLMRobertaConfig(
         vocab_size=250_002, num_hidden_layers=LAYERS, max_position_embeddings=514, type_vocab_size=1,
@@ -176,7 +177,7 @@ def base() -> None:
     open_top(blocks, LAYERS)
     ratios, ms = median_ratios({
         "pass": lambda: torch.autograd.grad(model.eval()(**one).loss, learned),
-        "trace": lambda: fisher_trace(model, 4 * [{**one}], blocks),
+        "trace": lambda: fisher_trace(model, 4 * [one], blocks),
         "packed": lambda: predict(task, model, tests, collate, nullcontext),
         "padded": lambda: predict(task, model, tests, partial(collate, is_packed=False), nullcontext)},
         base="pass", rounds=min(5, ROUNDS))
