@@ -926,7 +926,7 @@ TOP_FIRST = ("fun", "rand", "rev")  # the released code opens the top block at s
 def paper_figure(run: dict, metric: str) -> str:
     """The paper's mean over the target languages for a run's task, model, adapter and method, "-" if none.
     Models other than mBERT are held against XLM-R, amounts other than Table 4's against all of the data."""
-    task, method, examples = run["task"], run["method"], run.get("train_examples")
+    task, method, examples = run["task"], run["method"], run["train_examples"]
     adapter = "none" if method == "full" else run["adapter"]
     if method in TOP_FIRST and run["settings"]["first"] != "top":
         return "-"
@@ -947,7 +947,7 @@ def departures(run: dict) -> list[str]:
     """What sets a run of a task of the paper apart from the setting of the paper's figure."""
     task, settings, scores = TASKS[run["task"]], run["settings"], run["scores"]
     size = TRAINING_SIZES[task.training_set]
-    examples = run.get("train_examples") or settings["train_examples"] or size
+    examples = run["train_examples"] or size
     adapter = "lora" if run["adapter"] == "lora" else "pfeiffer"
     names = ("epochs", "lr", "batch_size", "decay", "k")
     theirs = dict(zip(names, preset(run["task"], model_of(run), adapter, run["method"], examples)))

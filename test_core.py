@@ -2289,6 +2289,17 @@ def test_report_names_what_differs_from_the_papers_setting_and_gives_no_differen
         assert "difference" not in tables_of(printed)[0]
 
 
+@pytest.mark.parametrize("asked, more, figure", [
+    (3000, {}, "73.44±0.24 *"), (5000, {"epochs": 50, "k": 25}, "64.15"), (None, {}, "73.44±0.24")])
+def test_a_record_without_its_amount_of_data_has_that_of_its_settings(asked, more, figure, tmp_path, capsys):
+    run = papers_run(tmp_path / "run", "xnli", settings={"train_examples": asked} | more)
+    results = json.loads((run / "results.json").read_text())
+    del results["train_examples"]
+    (run / "results.json").write_text(json.dumps(results))
+    assert unfreeze.main(["report", str(run)]) == 0
+    assert re.search(rf"\| the paper's +\| {re.escape(figure)} +\|", capsys.readouterr().out)
+
+
 def test_report_says_which_language_was_tested_with_what_and_what_chose_the_order(tmp_path, capsys):
     stacked = {"en": "en", "de": "de", "it": "it", "ur": "en"}
     sources = {"en": "AdapterHub/en", "de": "AdapterHub/de", "it": "folder/it"}

@@ -583,8 +583,9 @@ def packed_attention(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: tor
         mask = None if is_full else group[:, None, None]
         output = scaled_dot_product_attention(*parts, mask, dropout, scale=scaling)
         output = output.transpose(1, 2).flatten(0, 1)  # [rows * longest, heads, d]
-        real = group.flatten()[:, None, None]
-        outputs.append(output if is_full else Moved.apply(output, place, number, real))
+        if not is_full:
+            output = Moved.apply(output, place, number, group.flatten()[:, None, None])
+        outputs.append(output)
     return torch.cat(outputs)[None], None
 
 
@@ -864,7 +865,7 @@ def comparable(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
     every kind of adapter. Raises UserError for two runs of one column and seed."""
 
     def shared(run: dict) -> tuple:
-        facts = run["task"], run["model"], run.get("train_examples"), run.get("data")
+        facts = run["task"], run["model"], run["train_examples"], run.get("data")
         own = [f"{name} {value}" for name, value in run["settings"].items()
                if name not in (*BY_METHOD, *TOLD_APART)]
         return *facts, *sorted(run["scores"]), *own
@@ -885,7 +886,7 @@ def comparable(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
             tables.setdefault((*shared(run), kind), []).append(run)
     groups: dict[str, dict[str, list[dict]]] = {}
     for (*_, (adapter, source, _)), runs in tables.items():
-        run, examples = runs[0], runs[0].get("train_examples")
+        run, examples = runs[0], runs[0]["train_examples"]
         same = {name: value for name, value in run["settings"].items() if value and name not in TOLD_APART
                 and all(other["settings"][name] == value for other in runs)}
         parts = [run["task"], run["model"], adapter, f"{examples} training examples" if examples else "",
@@ -944,6 +945,7 @@ def read_run(folder: Path) -> dict | None:
         older = {"eval_every": 0, "precision": "bf16" if own.pop("bf16", False) else "fp32"}  # ran so
         defaults = {entry.name: entry.default for entry in dataclasses.fields(Settings)[1:]}
         run["settings"] = defaults | older | own
+        run.setdefault("train_examples", own.get("train_examples") or 0)  # 0: not recorded
         assert isinstance(run["settings"]["fisher_labels"], str) and isinstance(run.get("data", ""), str)
         metrics = run["scores"]["en"].keys()
         assert isinstance(run["average"], dict) and isinstance(run[SOURCES], dict)
@@ -951,9 +953,10 @@ def read_run(folder: Path) -> dict | None:
         for score in (*run["scores"].values(), run["average"] or run["scores"]["en"]):
             assert score.keys() == metrics and all(isinstance(score[name], (int, float)) for name in metrics)
         assert all(len([int(step), int(block)]) == 2 for step, block in run["order"])
-        assert isinstance(run["seed"] + run["wall_seconds"] + run.get("train_examples", 0), (int, float))
+        assert isinstance(run["seed"] + run["wall_seconds"] + run["train_examples"], (int, float))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
         raise UserError(f"{path} is damaged or of no task run: leave {folder} out, or run it again") from None
+    run["log"] = read_log(folder / "log.jsonl", next(iter(metrics)))
     return run
 
 
@@ -1125,7 +1128,7 @@ def correlations(methods: dict[str, list[dict]]) -> Iterator[str]:
     alike: dict[tuple, list[tuple]] = {}
     for method, runs in methods.items():
         for run in runs:
-            traces, validations = read_log(run)
+            traces, validations = run["log"]
             metric = next(iter(run["scores"]["en"]))
             kept = max(validations, key=lambda event: event[metric], default={"step": -1})
             curve = [event["average"] for event in traces if event["step"] <= kept["step"]]
@@ -1151,7 +1154,7 @@ def spearman(first: tuple, second: tuple) -> float:
 
 def trace_curve(runs: list[dict]) -> str:
     """Of tr(F) per open block, mean over the runs: the first value, the highest and its step, the last."""
-    curve = mean_curve([traces for traces, _ in map(read_log, runs) if traces], "average")
+    curve = mean_curve([traces for traces, _ in (run["log"] for run in runs) if traces], "average")
     if not curve:
         return "-"
     highest = max(curve, key=curve.get)
@@ -1221,7 +1224,7 @@ def draw(runs: list[dict], standard: list[dict], curve, orders, scores, gained, 
     languages = weakest_first([key for key in runs[0]["scores"] if key != "en"], standard, metric)
     if paired := gains(runs, standard, metric, languages):
         gained.plot(languages, [*map(mean, zip(*paired))], marker="o", markersize=4, linewidth=0.8, **style)
-    logs = [(traces, validations) for traces, validations in map(read_log, runs) if traces]
+    logs = [run["log"] for run in runs if run["log"][0]]
     for traces, _ in logs:
         curve.plot([event["step"] for event in traces], [event["average"] for event in traces], **faint)
     if trace := mean_curve([traces for traces, _ in logs], "average"):
@@ -1232,9 +1235,8 @@ def draw(runs: list[dict], standard: list[dict], curve, orders, scores, gained, 
         scores.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, **style)
 
 
-def read_log(run: dict) -> tuple[list[dict], list[dict]]:
+def read_log(path: Path, metric: str) -> tuple[list[dict], list[dict]]:
     """The measurements of tr(F) with open blocks and the validations in a run's log; none without a log."""
-    path, metric = run["folder"] / "log.jsonl", next(iter(run["scores"]["en"]))
     try:
         events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         traces = [event for event in events if event["event"] == "fisher" and event["trainable"]]
@@ -1248,7 +1250,7 @@ def read_log(run: dict) -> tuple[list[dict], list[dict]]:
     except FileNotFoundError:
         return [], []
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError):
-        raise UserError(f"{path} is damaged: leave {run['folder']} out, or run it again") from None
+        raise UserError(f"{path} is damaged: leave {path.parent} out, or run it again") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
