@@ -18,7 +18,6 @@ import io
 import json
 import math
 import re
-import shutil
 import string
 import unicodedata
 from array import array
@@ -32,17 +31,13 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import constants
 from huggingface_hub.constants import HF_HUB_OFFLINE  # as the user set it
 from huggingface_hub.utils import get_session
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (AutoConfig, AutoModelForMaskedLM, AutoModelForMultipleChoice,
-                          AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer,
-                          DataCollatorForLanguageModeling)
-
-from adapters import (add_language_adapter, add_lora, add_task_adapters, save_adapter, save_head,
-                      set_language)
+from transformers import (AutoModelForMaskedLM, AutoModelForMultipleChoice, AutoModelForQuestionAnswering,
+                          AutoModelForSequenceClassification, DataCollatorForLanguageModeling)
 
 
 class UserError(Exception):
@@ -672,152 +667,6 @@ TASKS = {
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Model and language adapters
-# ------------------------------------------------------------------------------------------------------------
-
-
-def load_model(settings, labels: list):
-    """Tokenizer, model with the task's head, and its blocks; weights come from safetensors only."""
-    folder, head = Path(settings.model), TASKS[settings.task].head
-    if folder.is_dir() and not list(folder.glob("model*.safetensors")):
-        raise UserError(f"model folder {folder} has no weights: put model.safetensors beside its config.json")
-    try:
-        for index in folder.glob("*.index.json"):  # of a model in several files
-            if any(Path(name).name != name for name in json.loads(index.read_bytes())["weight_map"].values()):
-                raise ValueError(f"{index} names files outside of the folder")
-        config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
-        is_as_before = set_labels(config, head, labels)
-        tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
-        model, loaded = head.from_pretrained(
-            settings.model, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-            ignore_mismatched_sizes=True, output_loading_info=True)
-        check_weights(settings, model, loaded, is_as_before)
-        if tokenizer.pad_token is None or len(tokenizer) > model.config.vocab_size:
-            raise ValueError("its tokenizer has no padding token, or more tokens than the model")
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever damaged or hostile files provoke
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        remedy = "--model takes a folder with config.json, model.safetensors and a tokenizer, or a hub name"
-        if isinstance(error, OSError) and constants.HF_HUB_OFFLINE and not folder.is_dir():
-            reason, remedy = "not in the local cache, and the hub is not reached", WITHOUT_HUB
-        raise UserError(f"cannot load model {settings.model!r} ({reason}): {remedy}") from None
-    try:
-        blocks = add_blocks(settings, model)
-    except ValueError as error:
-        raise UserError(f"--model {settings.model}: {error}; --method full may train it") from None
-    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    taken = getattr(embeddings, "padding_idx", None)  # where positions are counted from the one after it
-    positions = getattr(model.config, "max_position_embeddings", 0) - (0 if taken is None else taken + 1)
-    length = settings.max_length or TASKS[settings.task].max_length
-    if 0 < positions < length:
-        raise UserError(f"--max-length {length} is more than the model's {positions} positions")
-    return tokenizer, model, blocks
-
-
-def set_labels(config, head: type, labels: list) -> bool:
-    """Give the head its outputs; returns whether a checkpoint's own head can be for the same labels."""
-    before = config.id2label, config.problem_type
-    if head is AutoModelForQuestionAnswering:
-        config.num_labels = 2  # start and end, whatever the model was trained for before
-    elif head is AutoModelForSequenceClassification:
-        names = [str(label) for label in labels]
-        if len({*names}) < len(names):  # 1 and "1"
-            names = [repr(label) for label in labels]
-        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-        config.problem_type = "single_label_classification"
-        unnamed = {i: f"LABEL_{i}" for i in config.id2label}
-        return before[0] in (config.id2label, unnamed) and before[1] in (None, config.problem_type)
-    return True
-
-
-def check_weights(settings, model: nn.Module, loaded: dict, is_as_before: bool) -> None:
-    """Refuse a checkpoint without all of the encoder; a head of its own that does not fit is made anew."""
-    sizes = {entry if isinstance(entry, str) else entry[0] for entry in loaded["mismatched_keys"]}
-    lacking, encoder = sizes | set(loaded["missing_keys"]), model.base_model_prefix + "."
-    of_encoder = {key for key in lacking if key.startswith(encoder)}
-    poolers = {key for key in of_encoder if ".pooler." in key and key not in sizes}
-    if lost := sorted(of_encoder - poolers):  # they would be random
-        raise ValueError(f"its weights lack {lost[0]} and {len(lost) - 1} more")
-    if poolers:
-        print(f"note: {settings.model} has no pooler: a random one takes its place"
-              + ", frozen" * (settings.method != "full"))
-    head = {name: parameter for name, parameter in model.named_parameters() if not name.startswith(encoder)}
-    if head.keys() <= set(loaded["missing_keys"]) or TASKS[settings.task].head is AutoModelForMaskedLM:
-        return
-    if is_as_before and lacking.isdisjoint(head):
-        print(f"note: {settings.model} has a head of its own, which training starts from")
-        return
-    print(f"note: {settings.model} has a head for other labels; a new one is trained")
-    fresh = dict(type(model)(model.config).named_parameters())
-    for name, parameter in head.items():
-        parameter.data.copy_(fresh[name])
-
-
-def add_blocks(settings, model: nn.Module) -> list[nn.Module]:
-    """What trains beside the head, bottom to top; with --method full there are no blocks, and all trains."""
-    if settings.method == "full":
-        return []
-    if settings.task != "mlm":
-        return add_lora(model) if settings.adapter == "lora" else add_task_adapters(model)
-    blocks = add_language_adapter(model, settings.language)
-    set_language(model, settings.language)
-    return [block.requires_grad_(True) for block in blocks]
-
-
-def load_language_adapters(settings, model: nn.Module, languages: list[str]) -> tuple[dict, dict]:
-    """Load the language adapters, English first; returns by language the one to stack (None: no adapter), and
-    by adapter the hub repository or the folder that it is from."""
-    source, sources = settings.language_adapters, {}
-    folder = source.removeprefix("auto,")
-    is_hub = source in ("auto", f"auto,{folder}") and not Path(settings.model).is_dir()
-    if source == "none" or settings.method == "full":
-        return dict.fromkeys(languages), {}
-    if folder != source and not (folder and Path(folder).is_dir()):
-        raise UserError(f"--language-adapters {source}: no folder {folder!r}; it must hold LANGUAGE/ folders")
-    for language in languages:
-        place = f"AdapterHub/{Path(settings.model).name}-{language}-wiki_pfeiffer"
-        places = [place] * is_hub + [Path(folder, language)] * (source != "auto")
-        for place in places:
-            try:
-                add_language_adapter(model, language, place)
-                sources[language] = str(place)
-                break
-            except ValueError as error:  # offline, what a warm cache has nothing of is what the hub lacks
-                if language == "en" or isinstance(place, Path) or not HF_HUB_OFFLINE or \
-                        try_to_load_from_cache(place, "adapter_config.json"):
-                    raise UserError(f"--language-adapters {source}: {error}") from None
-            except FileNotFoundError as error:  # the task adapter trains above English
-                if isinstance(place, Path) and (place.is_dir() or language == "en"):
-                    raise UserError(f"--language-adapters {source}: {error}") from None
-        if not sources:  # none in English, and no folder that must have it
-            return dict.fromkeys(languages), {}
-    if sources:
-        set_language(model, "en")
-    return {language: language if language in sources else "en" for language in languages}, sources
-
-
-def save_weights(out: Path, settings, model: nn.Module, tokenizer) -> None:
-    """What was trained, in AdapterHub's format; with --method full the whole model, in Hugging Face's."""
-    if settings.method == "full":
-        temporary = out / "model.tmp"
-        try:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        except Exception as error:  # these libraries' own kinds
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise OSError(None, str(error).splitlines()[0], temporary) from None
-        shutil.rmtree(out / "model", ignore_errors=True)
-        temporary.rename(out / "model")
-    elif settings.task == "mlm":
-        save_adapter(model, settings.language, out)  # the folder is the adapter
-        save_head(model, out)
-    else:
-        save_adapter(model, "task", out / "adapter", with_head=False)
-        save_head(model, out / "head")
-
-
-# ------------------------------------------------------------------------------------------------------------
 # The paper's presets and results
 # ------------------------------------------------------------------------------------------------------------
 
@@ -886,90 +735,3 @@ def resolve(settings, model_type: str, layers: int, train_examples: int, sequenc
         fisher_batches=settings.fisher_batches or (41 if settings.fisher_labels == "official" else 4),
         eval_every=eval_every if settings.eval_every is None else settings.eval_every,
         fisher_every=fisher_every if settings.fisher_every is None else settings.fisher_every)
-
-
-# Mean over the target languages, 4 seeds: MLQA F1 and EM, XQuAD F1 and EM, XCOPA, XNLI.
-PAPER = {
-    ("bert", "none", "full"): "56.85 - 63.33 - 53.39 63.60",
-    ("bert", "pfeiffer", "standard"): "55.40±0.94 37.07±0.72 60.63±1.04 43.90±0.85 53.99±0.49 57.78±1.68",
-    ("bert", "pfeiffer", "rand"): "55.93±0.21 37.54±0.31 61.68±0.33 47.42±0.55 53.84±0.71 59.87±0.96",
-    ("bert", "pfeiffer", "gu"): "57.37±0.32 38.27±0.27 63.48±0.22 46.76±0.44 54.29±0.60 61.67±1.04",
-    ("bert", "pfeiffer", "fun"): "57.33±0.51 38.29±0.63 63.25±0.26 49.09±0.48 53.98±0.64 61.36±0.51",
-    ("bert", "pfeiffer", "rev"): "49.09 - 53.43 - - 55.67",
-    ("xlm-roberta", "none", "full"): "62.59 - 71.98 - 54.99 73.43",
-    ("xlm-roberta", "pfeiffer", "standard"):
-        "61.31±0.46 42.10±0.42 70.09±0.60 53.77±0.40 55.93±1.58 73.31±0.44",
-    ("xlm-roberta", "pfeiffer", "rand"): "61.36±1.69 41.59±1.96 69.99±1.47 52.06±2.04 57.05±0.42 72.68±0.56",
-    ("xlm-roberta", "pfeiffer", "gu"): "63.47±0.12 43.55±0.11 73.04±0.22 55.93±0.15 58.24±1.11 73.44±0.24",
-    ("xlm-roberta", "pfeiffer", "fun"): "63.10±0.79 43.37±0.51 72.34±0.40 55.21±0.63 58.11±0.94 73.13±0.53",
-    ("xlm-roberta", "pfeiffer", "rev"): "57.59 - 65.44 - - 72.50",
-    ("bert", "lora", "standard"): "55.55 - 61.53 - 53.43 65.27",
-    ("bert", "lora", "gu"): "56.52 - 63.12 - 54.67 65.33",
-    ("bert", "lora", "fun"): "56.65 - 62.92 - - 65.32",
-    ("xlm-roberta", "lora", "standard"): "59.40 - 68.92 - 55.46 72.98",
-    ("xlm-roberta", "lora", "gu"): "63.11 - 72.27 - 55.07 73.43",
-    ("xlm-roberta", "lora", "fun"): "62.62 - 72.13 - - 73.65",
-}
-PAPER_LOW_DATA = {  # XLM-R with adapters: standard, GU, FUN
-    ("xnli", "accuracy"): {1000: "52.75 52.86 52.29", 5000: "64.22 64.15 64.10", 10000: "65.80 65.91 66.26"},
-    ("xquad", "f1"): {1000: "44.11 48.42 47.67", 5000: "57.20 59.88 60.72", 10000: "61.75 65.28 65.16"},
-}
-LOW_SIZES = (1_000, 5_000, 10_000)  # Table 4's
-TRAINING_SIZES = {"mnli": 392_702, "squad": 87_599, "copa": 400}
-
-
-PAPER_MODELS = ("FacebookAI/xlm-roberta-base", "xlm-roberta-base", "google-bert/bert-base-multilingual-cased",
-                "bert-base-multilingual-cased")
-TOP_FIRST = ("fun", "rand", "rev")  # the released code opens the top block at step 0: its figures are of that
-
-
-def paper_figure(run: dict, metric: str) -> str:
-    """The paper's mean over the target languages for a run's task, model, adapter and method, "-" if none.
-    Models other than mBERT are held against XLM-R, amounts other than Table 4's against all of the data."""
-    task, method, examples = run["task"], run["method"], run["train_examples"]
-    adapter = "none" if method == "full" else run["adapter"]
-    if method in TOP_FIRST and run["settings"]["first"] != "top":
-        return "-"
-    if examples in LOW_SIZES:
-        is_there = (model_of(run), adapter) == ("xlm-roberta", "pfeiffer")
-        figures = PAPER_LOW_DATA.get((task, metric), {}).get(examples, "") if is_there else ""
-        return dict(zip(("standard", "gu", "fun"), figures.split())).get(method, "-")
-    columns = ("mlqa f1", "mlqa em", "xquad f1", "xquad em", "xcopa accuracy", "xnli accuracy")
-    row = PAPER.get((model_of(run), adapter, method), "")
-    return dict(zip(columns, row.split())).get(f"{task} {metric}", "-")
-
-
-def model_of(run: dict) -> str:
-    return "bert" if "bert-base-multilingual" in run["model"] else "xlm-roberta"
-
-
-def departures(run: dict) -> list[str]:
-    """What sets a run of a task of the paper apart from the setting of the paper's figure."""
-    task, settings, scores = TASKS[run["task"]], run["settings"], run["scores"]
-    size = TRAINING_SIZES[task.training_set]
-    examples = run["train_examples"] or size
-    adapter = "lora" if run["adapter"] == "lora" else "pfeiffer"
-    names = ("epochs", "lr", "batch_size", "decay", "k")
-    theirs = dict(zip(names, preset(run["task"], model_of(run), adapter, run["method"], examples)))
-    lacking = [language for language in scores if run["language_adapters"].get(language) != language]
-    found = {
-        f"model {run['model']}": run["model"] not in PAPER_MODELS,
-        "data of a folder": settings["data"] is not None,
-        f"{examples:,} training examples": examples not in (*LOW_SIZES, size),
-        f"{len(scores)} languages" + " (others)" * (len(scores) == len(task.languages)):
-            {*scores} != {*task.languages},
-        f"{settings['test_examples']} test examples": settings["test_examples"] is not None,
-        f"max length {settings['max_length']}": settings["max_length"] != task.max_length}
-    if run["method"] != "full":
-        source, own = str(settings["language_adapters"]), len(lacking) < len(scores)
-        found["no language adapter" + (f" for {' '.join(lacking)}" if own else "s")] = bool(lacking)
-        places = run["language_adapter_sources"].items()  # the paper has trained some for mBERT itself
-        theirs_too = ("it", "ta", "th") if model_of(run) == "bert" else ()
-        others = [language for language, place in places if not place.startswith("AdapterHub/")]
-        found[f"language adapters {source}"] = own and (
-            not source.startswith("auto") or not {*others} <= {*theirs_too})
-    for name, value in theirs.items():
-        own = f"{settings['steps']} steps" if name == "epochs" and settings["epochs"] is None else \
-            f"{name.replace('_', ' ')} {settings[name]}"
-        found[own] = settings[name] != value and (name != "k" or run["method"] not in UNSCHEDULED)
-    return [what for what, differs in found.items() if differs]

@@ -53,6 +53,7 @@ import unfreeze
 from adapters import (adapter_blocks, add_language_adapter, add_lora, add_task_adapters, load_adapter,
                       load_head, merge_lora, remove_adapters, save_adapter, set_language)
 from fisher import fisher_diagonal, fisher_trace
+from extras import packing, report
 from unfreeze import Unfreezer
 
 transformers.utils.logging.disable_progress_bar()
@@ -1794,7 +1795,7 @@ def no_autocast():
 def test_predictions_in_batches_by_length_equal_a_loop_over_single_examples_in_their_order(tokens, assets):
     settings = unfreeze.parse(command(assets, Path("none")))
     splits, labels = tasks.load_data(settings)
-    tokenizer, model, blocks = tasks.load_model(settings, labels)
+    tokenizer, model, blocks = unfreeze.load_model(settings, labels)
     randomise(blocks)
     task, rows, state = tasks.TASKS["classify"], splits["train"], torch.get_rng_state()
     examples = task.encode(rows, tokenizer, 20, labels)
@@ -1817,7 +1818,7 @@ def test_an_epoch_holds_every_example_once_in_an_order_of_its_own():
 
 
 def collator(model: nn.Module, tokenizer, device: str = "cpu", task: str = "classify"):
-    return partial(unfreeze.batch_on, torch.device(device), model,
+    return partial(packing.batch_on, torch.device(device), model,
                    partial(tasks.TASKS[task].batch, tokenizer=tokenizer))
 
 
@@ -1874,9 +1875,9 @@ def test_a_packed_batch_has_the_gradient_of_its_examples_one_by_one(
         model.to(device, torch.float32)
         close = 1e-4
     if kind != "DebertaV2":
-        unfreeze.allow_packing(model)
+        packing.allow_packing(model)
     for rows in (6, 1, 100):
-        monkeypatch.setattr(unfreeze, "GROUP_ROWS", {device: rows})
+        monkeypatch.setattr(packing, "GROUP_ROWS", {device: rows})
         inputs = collator(model, tokenizer, device, task)(examples)
         assert ("packing" in inputs) == (kind != "DebertaV2")
         loss = tasks.TASKS[task].loss(model, inputs)
@@ -1890,11 +1891,11 @@ def test_a_packed_batch_has_the_gradient_of_its_examples_one_by_one(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [6, 100])
 def test_the_gradient_of_a_packed_batch_is_of_the_dropout_that_was_drawn(rows, device, assets, monkeypatch):
-    monkeypatch.setattr(unfreeze, "GROUP_ROWS", {device: rows})
+    monkeypatch.setattr(packing, "GROUP_ROWS", {device: rows})
     dropout = {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.1}
     model = tiny_model(**dropout).to(device, torch.float64 if device == "cpu" else torch.float32).train()
     blocks = randomise(add_task_adapters(model))
-    unfreeze.allow_packing(model)
+    packing.allow_packing(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(assets / "model")
     inputs = collator(model, tokenizer, device)(examples_of("xnli"))
     direction = {parameter: torch.randn_like(parameter) for parameter in blocks[0].parameters()}
@@ -1956,7 +1957,7 @@ def test_no_step_looks_at_a_value_on_the_device(task, is_packed, assets):
     model = tiny_model(head=HEADS[task]).to("meta")  # where there is no value to look at
     add_task_adapters(model)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    unfreeze.allow_packing(model)
+    packing.allow_packing(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(assets / "model")
     inputs = collator(model, tokenizer, "meta", task)(examples_of(task), is_packed=is_packed)
     assert ("packing" in inputs) == is_packed
@@ -2191,11 +2192,11 @@ def test_the_readmes_tables_of_results_are_what_report_prints(capsys):
 def test_the_interval_is_as_wide_as_the_spread_over_seeds_and_over_languages_makes_it():
     torch.manual_seed(0)
     seeds, languages = torch.randn(40, 1), 2 * torch.randn(1, 60)
-    low, high = map(float, unfreeze.interval((100 * (seeds + languages)).tolist()).split(" to "))
+    low, high = map(float, report.interval((100 * (seeds + languages)).tolist()).split(" to "))
     error = 100 * math.sqrt(seeds.var(correction=0) / 40 + languages.var(correction=0) / 60)
     assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.05)
     assert (high + low) / 2 == pytest.approx(100 * (seeds + languages).mean().item(), abs=error / 5)
-    assert unfreeze.interval([[1.0, 2.0]]) == "-"
+    assert report.interval([[1.0, 2.0]]) == "-"
 
 
 XLMR, MBERT = "FacebookAI/xlm-roberta-base", "google-bert/bert-base-multilingual-cased"
@@ -2870,7 +2871,6 @@ def test_a_run_trains_above_english_and_tests_every_language_above_its_own(
         set_language(model, name)
 
     monkeypatch.setattr(unfreeze, "set_language", noted)
-    monkeypatch.setattr(tasks, "set_language", noted)
     options = ["--language-adapters", languages, "--adapter", adapter, "--method", "fun"]
     assert unfreeze.main(command(assets, tmp_path / "run", *options)) == 0
     assert seen == ["en", "en", "de", "en"]  # for training, then en, de, and zh-CN, which has none
@@ -2899,8 +2899,8 @@ def test_language_adapters_do_not_change_how_head_and_task_adapter_start(assets,
     for source in ("none", languages):
         torch.manual_seed(0)
         settings = unfreeze.parse(command(assets, Path("none"), "--language-adapters", source))
-        _, model, blocks = tasks.load_model(settings, [0, 1])
-        tasks.load_language_adapters(settings, model, ["en", "de"])
+        _, model, blocks = unfreeze.load_model(settings, [0, 1])
+        unfreeze.load_language_adapters(settings, model, ["en", "de"])
         starts.append([*flat([*blocks, model.classifier]), torch.get_rng_state()])
     assert all(map(torch.equal, *starts))
 
@@ -3041,8 +3041,8 @@ def test_a_folder_fills_in_the_languages_that_the_hub_lacks(assets, languages, h
     shutil.rmtree(tmp_path / "cache")
     assert "no adapter folder own/en" in one_line(run("none", "auto,own"))  # English must be somewhere
     local = unfreeze.parse(command(assets, tmp_path / "local", "--language-adapters", f"auto,{languages}"))
-    _, model, _ = tasks.load_model(local, [0, 1])  # there are no adapters of the hub's for a local model
-    assert tasks.load_language_adapters(local, model, ["en", "de", "zh-CN"]) == (
+    _, model, _ = unfreeze.load_model(local, [0, 1])  # there are no adapters of the hub's for a local model
+    assert unfreeze.load_language_adapters(local, model, ["en", "de", "zh-CN"]) == (
         {"en": "en", "de": "de", "zh-CN": "en"}, {name: str(languages / name) for name in ("en", "de")})
 
 
@@ -3585,7 +3585,7 @@ def test_a_padded_batch_gives_the_same_with_and_without_packing_allowed(kind, as
     inputs = tasks.pad(examples, tokenizer)
     assert all(torch.equal(inputs[key], value) for key, value in padded.items())
     before = model(**padded).logits
-    unfreeze.allow_packing(model)
+    packing.allow_packing(model)
     torch.testing.assert_close(model(**padded).logits, before)
     torch.testing.assert_close(model(**collator(model, tokenizer)(examples)).logits, before)
 

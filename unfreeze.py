@@ -33,13 +33,12 @@ import re
 import shutil
 import signal
 import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from statistics import correlation, mean, stdev
+from statistics import mean
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS; read when CUDA starts
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -48,17 +47,18 @@ if __name__ == "__main__":
 
 import torch
 import transformers
+from huggingface_hub import constants, try_to_load_from_cache
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import (AutoConfig, AutoModelForMaskedLM, AutoModelForQuestionAnswering,
+                          AutoModelForSequenceClassification, AutoTokenizer)
 
-from adapters import load_tensors, save_tensors, set_language, write_atomically
+from adapters import (add_language_adapter, add_lora, add_task_adapters, load_tensors, save_adapter, save_head,
+                      save_tensors, set_language, write_atomically)
+from extras.packing import PACKED, allow_packing, batch_on
 from fisher import LABELS, fisher_trace
-from tasks import (LOW_SIZES, TASKS, TOP_FIRST, UserError, departures, load_data, load_language_adapters,
-                   load_model, paper_figure, predict, reach_hub, resolve, sampled, save_weights, tokens_of,
-                   unreachable)
+from tasks import (HF_HUB_OFFLINE, TASKS, WITHOUT_HUB, UserError, load_data, predict, reach_hub, resolve, sampled,
+                   tokens_of, unreachable)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -229,8 +229,8 @@ class Settings:
     device: str | None = option(None, "default: cuda when there is one", choices=["cpu", "cuda"])
     precision: str | None = option(None, "bf16 is autocast (default: tf32 on CUDA, fp32 on a CPU)",
                                    choices=["fp32", "tf32", "bf16"])
-    whole_batches: bool = option(False, "pad each batch to its longest example (default: on a CPU XLM-R, "
-                                 "RoBERTa and BERT run without padding)", action="store_true")
+    whole_batches: bool = option(False, "pad each batch to its longest example (default: XLM-R, RoBERTa "
+                                 "and BERT run without padding)", action="store_true")
     save_every: int = option(500, "steps between two checkpoints", least=1)
     out: str | None = option(None, "the run's folder (default: runs/TASK-MODEL-METHOD-SEED)")
     overwrite: bool = option(False, "start anew, and replace a finished run", action="store_true")
@@ -287,7 +287,7 @@ def train(settings: Settings) -> None:
     settings = dataclasses.replace(settings, precision=settings.precision or PRECISION[device.type])
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.precision == "bf16")
     collate = partial(batch_on, device, model, partial(task.batch, tokenizer=tokenizer),
-                      is_packed=device.type == "cpu" and not settings.whole_batches)  # not yet on CUDA
+                      is_packed=not settings.whole_batches)
     torch.use_deterministic_algorithms(True, warn_only=model.config.model_type not in PACKED)
     if model.config.model_type in PACKED:
         allow_packing(model)
@@ -492,118 +492,149 @@ def finite_losses(settings: Settings, readings: list[list[float]], done: int, ex
 
 
 # ------------------------------------------------------------------------------------------------------------
-# One pass without padding: between embeddings and head, a batch is one row of its real tokens, [1, N, H]
+# Model and language adapters
 # ------------------------------------------------------------------------------------------------------------
 
-PACKED = ("xlm-roberta", "roberta", "bert")  # types whose encoder can run so
-GROUP_ROWS = {"cpu": 6}  # sequences that attention sees at a time; elsewhere all of the batch
+
+def load_model(settings, labels: list):
+    """Tokenizer, model with the task's head, and its blocks; weights come from safetensors only."""
+    folder, head = Path(settings.model), TASKS[settings.task].head
+    if folder.is_dir() and not list(folder.glob("model*.safetensors")):
+        raise UserError(f"model folder {folder} has no weights: put model.safetensors beside its config.json")
+    try:
+        for index in folder.glob("*.index.json"):  # of a model in several files
+            if any(Path(name).name != name for name in json.loads(index.read_bytes())["weight_map"].values()):
+                raise ValueError(f"{index} names files outside of the folder")
+        config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
+        is_as_before = set_labels(config, head, labels)
+        tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
+        model, loaded = head.from_pretrained(
+            settings.model, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True)
+        check_weights(settings, model, loaded, is_as_before)
+        if tokenizer.pad_token is None or len(tokenizer) > model.config.vocab_size:
+            raise ValueError("its tokenizer has no padding token, or more tokens than the model")
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever damaged or hostile files provoke
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = "--model takes a folder with config.json, model.safetensors and a tokenizer, or a hub name"
+        if isinstance(error, OSError) and constants.HF_HUB_OFFLINE and not folder.is_dir():
+            reason, remedy = "not in the local cache, and the hub is not reached", WITHOUT_HUB
+        raise UserError(f"cannot load model {settings.model!r} ({reason}): {remedy}") from None
+    try:
+        blocks = add_blocks(settings, model)
+    except ValueError as error:
+        raise UserError(f"--model {settings.model}: {error}; --method full may train it") from None
+    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    taken = getattr(embeddings, "padding_idx", None)  # where positions are counted from the one after it
+    positions = getattr(model.config, "max_position_embeddings", 0) - (0 if taken is None else taken + 1)
+    length = settings.max_length or TASKS[settings.task].max_length
+    if 0 < positions < length:
+        raise UserError(f"--max-length {length} is more than the model's {positions} positions")
+    return tokenizer, model, blocks
 
 
-class Packing:
-    """Where the real tokens of a padded batch are. A batch that has one, as `packing`, runs packed. Positions
-    are counted by the embeddings, which see the padded batch.
-
-    mask: [B, T], on the CPU, so that nothing waits for the device, to which `move` takes a tensor. Attention
-    sees `rows` sequences at a time, padded to their longest."""
-
-    def __init__(self, mask: torch.Tensor, move: Callable, rows: int):
-        self.shape, self.index = mask.shape, move(places(mask))  # [N]
-        groups = [group[:, group.any(0)] for group in mask.split(rows)]  # [rows, longest]
-        self.groups = [(move(group), move(places(group)), move(numbers(group))) for group in groups]
-
-
-def places(mask: torch.Tensor) -> torch.Tensor:
-    """[B, T] -> [N]: of the real tokens in the padded batch."""
-    return mask.flatten().nonzero()[:, 0]
+def set_labels(config, head: type, labels: list) -> bool:
+    """Give the head its outputs; returns whether a checkpoint's own head can be for the same labels."""
+    before = config.id2label, config.problem_type
+    if head is AutoModelForQuestionAnswering:
+        config.num_labels = 2  # start and end, whatever the model was trained for before
+    elif head is AutoModelForSequenceClassification:
+        names = [str(label) for label in labels]
+        if len({*names}) < len(names):  # 1 and "1"
+            names = [repr(label) for label in labels]
+        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+        config.problem_type = "single_label_classification"
+        unnamed = {i: f"LABEL_{i}" for i in config.id2label}
+        return before[0] in (config.id2label, unnamed) and before[1] in (None, config.problem_type)
+    return True
 
 
-def numbers(mask: torch.Tensor) -> torch.Tensor:
-    """[B, T] -> [B T]: of the real token at each place; any at one of padding."""
-    return (mask.flatten().cumsum(0) - 1).clamp(min=0)
+def check_weights(settings, model: nn.Module, loaded: dict, is_as_before: bool) -> None:
+    """Refuse a checkpoint without all of the encoder; a head of its own that does not fit is made anew."""
+    sizes = {entry if isinstance(entry, str) else entry[0] for entry in loaded["mismatched_keys"]}
+    lacking, encoder = sizes | set(loaded["missing_keys"]), model.base_model_prefix + "."
+    of_encoder = {key for key in lacking if key.startswith(encoder)}
+    poolers = {key for key in of_encoder if ".pooler." in key and key not in sizes}
+    if lost := sorted(of_encoder - poolers):  # they would be random
+        raise ValueError(f"its weights lack {lost[0]} and {len(lost) - 1} more")
+    if poolers:
+        print(f"note: {settings.model} has no pooler: a random one takes its place"
+              + ", frozen" * (settings.method != "full"))
+    head = {name: parameter for name, parameter in model.named_parameters() if not name.startswith(encoder)}
+    if head.keys() <= set(loaded["missing_keys"]) or TASKS[settings.task].head is AutoModelForMaskedLM:
+        return
+    if is_as_before and lacking.isdisjoint(head):
+        print(f"note: {settings.model} has a head of its own, which training starts from")
+        return
+    print(f"note: {settings.model} has a head for other labels; a new one is trained")
+    fresh = dict(type(model)(model.config).named_parameters())
+    for name, parameter in head.items():
+        parameter.data.copy_(fresh[name])
 
 
-class Moved(torch.autograd.Function):
-    """x[there], whose gradient is gathered, too: gradient[back], or zero where `real` is False. (Autograd
-    turns an index into a scatter, which on CUDA sorts the places in order to be deterministic.)"""
-
-    @staticmethod
-    def forward(context, x, there, back, real):
-        context.save_for_backward(back, real)
-        return x.index_select(0, there)
-
-    @staticmethod
-    def backward(context, gradient):
-        back, real = context.saved_tensors
-        gradient = gradient.index_select(0, back)
-        return gradient if real is None else gradient * real, None, None, None
+def add_blocks(settings, model: nn.Module) -> list[nn.Module]:
+    """What trains beside the head, bottom to top; with --method full there are no blocks, and all trains."""
+    if settings.method == "full":
+        return []
+    if settings.task != "mlm":
+        return add_lora(model) if settings.adapter == "lora" else add_task_adapters(model)
+    blocks = add_language_adapter(model, settings.language)
+    set_language(model, settings.language)
+    return [block.requires_grad_(True) for block in blocks]
 
 
-def allow_packing(model: nn.Module) -> None:
-    """From now on the model takes batches with a `packing`; a mask without one is applied unseen."""
-    ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("packed", key_mask)
-    model.set_attn_implementation("packed")
-    encoder = model.base_model.encoder
-    encoder.register_forward_pre_hook(remove_padding, with_kwargs=True)
-    encoder.register_forward_hook(restore_padding, with_kwargs=True)
+def load_language_adapters(settings, model: nn.Module, languages: list[str]) -> tuple[dict, dict]:
+    """Load the language adapters, English first; returns by language the one to stack (None: no adapter), and
+    by adapter the hub repository or the folder that it is from."""
+    source, sources = settings.language_adapters, {}
+    folder = source.removeprefix("auto,")
+    is_hub = source in ("auto", f"auto,{folder}") and not Path(settings.model).is_dir()
+    if source == "none" or settings.method == "full":
+        return dict.fromkeys(languages), {}
+    if folder != source and not (folder and Path(folder).is_dir()):
+        raise UserError(f"--language-adapters {source}: no folder {folder!r}; it must hold LANGUAGE/ folders")
+    for language in languages:
+        place = f"AdapterHub/{Path(settings.model).name}-{language}-wiki_pfeiffer"
+        places = [place] * is_hub + [Path(folder, language)] * (source != "auto")
+        for place in places:
+            try:
+                add_language_adapter(model, language, place)
+                sources[language] = str(place)
+                break
+            except ValueError as error:  # offline, what a warm cache has nothing of is what the hub lacks
+                if language == "en" or isinstance(place, Path) or not HF_HUB_OFFLINE or \
+                        try_to_load_from_cache(place, "adapter_config.json"):
+                    raise UserError(f"--language-adapters {source}: {error}") from None
+            except FileNotFoundError as error:  # the task adapter trains above English
+                if isinstance(place, Path) and (place.is_dir() or language == "en"):
+                    raise UserError(f"--language-adapters {source}: {error}") from None
+        if not sources:  # none in English, and no folder that must have it
+            return dict.fromkeys(languages), {}
+    if sources:
+        set_language(model, "en")
+    return {language: language if language in sources else "en" for language in languages}, sources
 
 
-def key_mask(attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor | None:
-    """[B, T] -> [B, 1, 1, T]. The library's own would look whether anything is masked, and wait for that."""
-    return None if attention_mask is None else attention_mask[:, None, None]
-
-
-def remove_padding(_, inputs: tuple, keywords: dict) -> tuple | None:
-    if packing := keywords.get("packing"):
-        hidden = inputs[0].flatten(0, 1).index_select(0, packing.index)  # [B, T, H] -> [N, H]
-        return (hidden[None], *inputs[1:]), keywords | {"attention_mask": None}
-
-
-def restore_padding(_, inputs: tuple, keywords: dict, output):
-    if packing := keywords.get("packing"):
-        hidden = output.last_hidden_state[0]  # [N, H]
-        padded = hidden.new_zeros(packing.shape.numel(), hidden.shape[1]).index_copy(0, packing.index, hidden)
-        output.last_hidden_state = padded.unflatten(0, packing.shape)  # [B, T, H]
-        return output
-
-
-def packed_attention(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor,
-                     dropout: float = 0.0, scaling: float | None = None, packing: Packing | None = None,
-                     **keywords) -> tuple[torch.Tensor, None]:
-    """Attention within each sequence of a packed batch: q, k and v are [1, heads, N, d]."""
-    if packing is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, dropout, scaling, **keywords)
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [N, heads, d]
-    sizes, outputs = [len(place) for _, place, _ in packing.groups], []
-    for (group, place, number), *parts in zip(packing.groups, *(x.split(sizes) for x in (q, k, v))):
-        is_full = len(place) == group.numel()
-        if not is_full:  # [n, heads, d] -> [rows * longest, heads, d]
-            parts = [Moved.apply(x, number, place, None) for x in parts]
-        parts = [x.unflatten(0, group.shape).transpose(1, 2) for x in parts]  # [rows, heads, longest, d]
-        mask = None if is_full else group[:, None, None]
-        output = scaled_dot_product_attention(*parts, mask, dropout, scale=scaling)
-        output = output.transpose(1, 2).flatten(0, 1)  # [rows * longest, heads, d]
-        if not is_full:
-            output = Moved.apply(output, place, number, group.flatten()[:, None, None])
-        outputs.append(output)
-    return torch.cat(outputs)[None], None
-
-
-def batch_on(device: torch.device, model: nn.Module, make: Callable, examples: list[dict],
-             is_packed: bool = True) -> dict:
-    """The examples as one batch on the device, without a wait for it; packed if the model allows it."""
-
-    def move(value: torch.Tensor) -> torch.Tensor:
-        return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
-
-    batch, packing = make(examples), {}
-    if model.config._attn_implementation == "packed" and "attention_mask" in batch:
-        mask = batch["attention_mask"].flatten(0, -2).bool()  # [sequences, T]
-        if mask.all():
-            del batch["attention_mask"]
-        elif is_packed:
-            packing["packing"] = Packing(mask, move, GROUP_ROWS.get(device.type, len(mask)))
-    return {key: move(value) for key, value in batch.items()} | packing
+def save_weights(out: Path, settings, model: nn.Module, tokenizer) -> None:
+    """What was trained, in AdapterHub's format; with --method full the whole model, in Hugging Face's."""
+    if settings.method == "full":
+        temporary = out / "model.tmp"
+        try:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        except Exception as error:  # these libraries' own kinds
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(None, str(error).splitlines()[0], temporary) from None
+        shutil.rmtree(out / "model", ignore_errors=True)
+        temporary.rename(out / "model")
+    elif settings.task == "mlm":
+        save_adapter(model, settings.language, out)  # the folder is the adapter
+        save_head(model, out)
+    else:
+        save_adapter(model, "task", out / "adapter", with_head=False)
+        save_head(model, out / "head")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -821,439 +852,6 @@ def report_trace(log: Callable, step: int, trace: list[float], trainable: list[i
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Report
-# ------------------------------------------------------------------------------------------------------------
-
-
-def report(arguments: list[str]) -> None:
-    """Print a Markdown table for each group of comparable runs, and draw their curves with --plot."""
-    parser = argparse.ArgumentParser(prog="unfreeze.py report", allow_abbrev=False)
-    parser.error = refuse
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's folder")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="of tr(F), orders and scores")
-    given = parser.parse_args(arguments)
-    runs = [run for folder in given.folders if (run := read_run(folder))]
-    if not runs:
-        raise UserError("report found no finished run: name folders that hold a results.json, such as runs/*")
-    groups = comparable(runs)
-    if given.plot:
-        plot(groups, given.plot)
-    with contextlib.suppress(BrokenPipeError):  # `| head` has read enough
-        for title, methods in groups.items():
-            print(f"\n{title}\n")
-            rows = table(methods)
-            widths = [max(map(len, column)) for column in zip(*rows)]
-            rows.insert(1, ["-" * width for width in widths])
-            for row in rows:
-                print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-            print("", *notes(methods), sep="\n", flush=True)
-
-
-# What runs of one table may differ in: what follows from the method, and what changes no result or is told
-# apart otherwise.
-BY_METHOD = ("lr", "k", "epochs", "steps", "decay", "order", "fisher_batches")
-TOLD_APART = ("task", "method", "first", "adapter", "model", "language_adapters", "data", "languages",
-              "language", "train_examples", "seed", "fisher_every", "fisher_labels", "device", "save_every",
-              "out", "overwrite")
-
-
-SOURCES = "language_adapter_sources"  # in results.json: by adapter, the hub's repository or its folder
-
-
-def comparable(runs: list[dict]) -> dict[str, dict[str, list[dict]]]:
-    """The runs by title, then by column: runs in one column differ in their seeds alone. `full` stands beside
-    every kind of adapter. Raises UserError for two runs of one column and seed."""
-
-    def shared(run: dict) -> tuple:
-        facts = run["task"], run["model"], run["train_examples"], run.get("data")
-        own = [f"{name} {value}" for name, value in run["settings"].items()
-               if name not in (*BY_METHOD, *TOLD_APART)]
-        return *facts, *sorted(run["scores"]), *own
-
-    def adapters(run: dict) -> tuple[str, str, str]:
-        stacked = run["language_adapters"]
-        source = str(run["settings"]["language_adapters"]) if any(stacked.values()) else ""
-        return run["adapter"], source, source and json.dumps([stacked, run[SOURCES]], sort_keys=True)
-
-    kinds: dict[tuple, set[tuple]] = {}
-    for run in runs:
-        if run["method"] != "full":
-            kinds.setdefault(shared(run), set()).add(adapters(run))
-    tables: dict[tuple, list[dict]] = {}
-    for run in runs:
-        own = {adapters(run)}
-        for kind in sorted(kinds.get(shared(run), own) if run["method"] == "full" else own):
-            tables.setdefault((*shared(run), kind), []).append(run)
-    groups: dict[str, dict[str, list[dict]]] = {}
-    for (*_, (adapter, source, _)), runs in tables.items():
-        run, examples = runs[0], runs[0]["train_examples"]
-        same = {name: value for name, value in run["settings"].items() if value and name not in TOLD_APART
-                and all(other["settings"][name] == value for other in runs)}
-        parts = [run["task"], run["model"], adapter, f"{examples} training examples" if examples else "",
-                 f"{len(run['scores'])} languages", f"above language adapters ({source})" if source else "",
-                 *(f"{name.replace('_', ' ')} {value}" for name, value in same.items())]
-        title = ", ".join(filter(None, parts))
-        while title in groups:
-            title += ", other data, languages or adapters"
-        groups[title] = columns(runs)
-    return groups
-
-
-def columns(runs: list[dict]) -> dict[str, list[dict]]:
-    """By method, in the order of SELECT, and by what was set otherwise for runs of one method."""
-    order = [*SELECT, "full"]
-    methods: dict[str, list[dict]] = {}
-    for run in sorted(runs, key=lambda run: (order.index(run["method"]), method_of(run))):
-        methods.setdefault(method_of(run), []).append(run)
-    found: dict[str, list[dict]] = {}
-    for method, runs in methods.items():
-        other = [name for name in BY_METHOD if len({str(run["settings"][name]) for run in runs}) > 1]
-        for run in runs:
-            label = ", ".join([method, *(f"{name} {run['settings'][name]}" for name in other)])
-            for twin in found.setdefault(label, []):
-                if twin["seed"] == run["seed"]:
-                    raise UserError(f"{twin['folder']} and {run['folder']} are both {label} with seed "
-                                    f"{run['seed']}: name one of them")
-            found[label].append(run)
-    return found
-
-
-def method_of(run: dict) -> str:
-    """The method; for FUN the labels of its tr(F), if not sampled; the form, if not Algorithm 1's."""
-    labels, batches = (run["settings"][name] for name in ("fisher_labels", "fisher_batches"))
-    if labels == "official" and batches not in (None, 41):
-        labels = f"official formula on {batches} batches"
-    labels = f", {labels}" if run["method"] == "fun" and labels != "sampled" else ""
-    return run["method"] + labels + ", top first" * (run["settings"]["first"] == "top")
-
-
-def read_run(folder: Path) -> dict | None:
-    """A run's results, checked as far as the report reads them, all settings there; None with a note if there
-    are none, or of a task or method that this version does not know."""
-    path = folder / "results.json"
-    if not path.exists():
-        print(f"note: {folder} holds no finished run and is left out")
-        return None
-    try:
-        run = {"language_adapters": {}, SOURCES: {}} | json.loads(path.read_text(encoding="utf-8"))
-        run["folder"] = folder
-        assert all(isinstance(run[key], str) for key in ("task", "model", "adapter", "method"))
-        if run["task"] not in TASKS or run["method"] not in [*SELECT, "full"]:
-            print(f"note: {folder} is of {run['task']} by {run['method']}, unknown here, and is left out")
-            return None
-        own = run.get("settings", {"k": run.get("k"), "steps": run.get("steps")})
-        older = {"eval_every": 0, "precision": "bf16" if own.pop("bf16", False) else "fp32"}  # ran so
-        defaults = {entry.name: entry.default for entry in dataclasses.fields(Settings)[1:]}
-        run["settings"] = defaults | older | own
-        run.setdefault("train_examples", own.get("train_examples") or 0)  # 0: not recorded
-        assert isinstance(run["settings"]["fisher_labels"], str) and isinstance(run.get("data", ""), str)
-        metrics = run["scores"]["en"].keys()
-        assert isinstance(run["average"], dict) and isinstance(run[SOURCES], dict)
-        assert all(isinstance(adapter, str | None) for adapter in run["language_adapters"].values())
-        for score in (*run["scores"].values(), run["average"] or run["scores"]["en"]):
-            assert score.keys() == metrics and all(isinstance(score[name], (int, float)) for name in metrics)
-        assert all(len([int(step), int(block)]) == 2 for step, block in run["order"])
-        assert isinstance(run["seed"] + run["wall_seconds"] + run["train_examples"], (int, float))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        raise UserError(f"{path} is damaged or of no task run: leave {folder} out, or run it again") from None
-    run["log"] = read_log(folder / "log.jsonl", next(iter(metrics)))
-    return run
-
-
-def table(methods: dict[str, list[dict]]) -> list[list[str]]:
-    """Scores by row and methods by column, mean ± sample standard deviation over seeds."""
-    first = next(iter(methods.values()))[0]
-    standard = standard_of(methods)
-    metrics, targets = list(first["scores"]["en"]), [key for key in first["scores"] if key != "en"]
-    weak = weakest_first(targets, standard, metrics[0])[: len(targets) // 2]
-    rows = [["", *methods], ["seeds", *(str(len(runs)) for runs in methods.values())]]
-
-    def add(name: str, cell: Callable) -> None:
-        rows.append([name, *(cell(runs) for runs in methods.values())])
-
-    def average(run: dict, metric: str) -> float:
-        return run["average"].get(metric, math.nan)
-
-    def gain(runs: list[dict], metric: str, languages: list[str]) -> str:
-        return spread([*map(mean, gains(runs, standard, metric, languages))], "+")
-
-    def paper(runs: list[dict], metric: str) -> str:
-        figure = paper_figure(runs[0], metric)
-        return figure if figure == "-" or not any(map(departures, runs)) else f"{figure} *"
-
-    def difference(runs: list[dict], metric: str) -> str:
-        figure = paper(runs, metric)
-        return "-" if figure == "-" or "*" in figure else \
-            f"{mean(average(run, metric) for run in runs) - float(figure.split('±')[0]):+.1f}"
-
-    for name in BY_METHOD:
-        values = [str(runs[0]["settings"][name]) for runs in methods.values()]
-        if len({*values}) > 1 and name != "order":
-            rows.append([name.replace("_", " "), *values])
-    for metric in metrics:
-        of = "" if metric == metrics[0] else f", {metric}"
-        optimistic = " (optimistic)" if is_selected_on_test(methods) else ""
-        add(f"English, {metric}{optimistic}",
-            lambda runs: spread([run["scores"]["en"][metric] for run in runs]))
-        add(f"mean of targets, {metric}", lambda runs: spread([average(run, metric) for run in runs]))
-        add(f"over standard{of}", lambda runs: gain(runs, metric, targets))
-        add(f"its 95 % interval{of}", lambda runs: interval(gains(runs, standard, metric, targets)))
-        add(f"in the weaker half{of}", lambda runs: gain(runs, metric, weak))
-        for name, cell in (("the paper's", paper), ("difference", difference)):
-            if any(cell(runs, metric) != "-" for runs in methods.values()):
-                add(name + of, lambda runs: cell(runs, metric))
-    by_language = {method: {language: mean(run["scores"][language][metrics[0]] for run in runs)
-                            for language in targets} for method, runs in methods.items()}
-    lowest = [min(scores, key=scores.get, default=None) for scores in by_language.values()]
-    rows.append(["lowest language", *(f"{language} {scores[language]:.1f}" if language else "-"
-                                      for language, scores in zip(lowest, by_language.values()))])
-    for language in targets:
-        add(language, lambda runs: spread([run["scores"][language][metrics[0]] for run in runs]))
-    orders = {method: {opening_order(run) for run in runs} for method, runs in methods.items()}
-    rows.append(["opened", *(found.pop() if len(found) == 1 else "see below" for found in orders.values())])
-    taus = [[tau for run in runs for tau in top_down(run)] for runs in methods.values()]
-    rows.append(["tau with top-down", *(f"{mean(values):.2f}" if values else "-" for values in taus)])
-    add("tr(F) first, highest, last", trace_curve)
-    add("seconds", lambda runs: f"{mean(run['wall_seconds'] for run in runs):.0f}")
-    return rows
-
-
-def standard_of(methods: dict[str, list[dict]]) -> list[dict]:
-    """What gains are held against: none if standard training was run in several settings."""
-    found = [runs for runs in methods.values() if runs[0]["method"] == "standard"]
-    return found[0] if len(found) == 1 else []
-
-
-def weakest_first(languages: list[str], runs: list[dict], metric: str) -> list[str]:
-    return sorted(languages, key=lambda language: sum(run["scores"][language][metric] for run in runs))
-
-
-def gains(runs: list[dict], standard: list[dict], metric: str, languages: list[str]) -> list[list[float]]:
-    """By seed and language, what a run scores above the standard run of its seed."""
-    scores = {run["seed"]: run["scores"] for run in standard if languages and runs[0]["method"] != "standard"}
-    pairs = [(run["scores"], scores[run["seed"]]) for run in runs if run["seed"] in scores]
-    return [[ours[language][metric] - theirs[language][metric] for language in languages]
-            for ours, theirs in pairs]
-
-
-def interval(gains: list[list[float]]) -> str:
-    """Of the mean gain, by the bootstrap: seeds and languages are drawn anew, with replacement."""
-    if len(gains) < 2:
-        return "-"
-    values, generator = torch.tensor(gains).double(), torch.Generator().manual_seed(0)  # [seeds, languages]
-    seeds = torch.randint(values.shape[0], (10_000, values.shape[0], 1), generator=generator)
-    languages = torch.randint(values.shape[1], (10_000, 1, values.shape[1]), generator=generator)
-    means = values[seeds, languages].mean((1, 2))  # [10,000]
-    return f"{means.quantile(0.025):+.1f} to {means.quantile(0.975):+.1f}"
-
-
-def spread(values: list[float], sign: str = "") -> str:
-    """Mean ± sample standard deviation; the mean alone of a single value, a dash of none."""
-    if not values:
-        return "-"
-    return f"{mean(values):{sign}.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def opening_order(run: dict) -> str:
-    """The blocks in the order of opening, 0 at the bottom."""
-    if len(run["order"]) > 1 and len({step for step, _ in run["order"]}) == 1:
-        return f"all at step {run['order'][0][0]}"
-    return " ".join(str(block) for _, block in run["order"]) or "none"
-
-
-def top_down(run: dict) -> list[float]:
-    """Kendall's tau of the opening order with GU's, if the blocks opened one after the other."""
-    pairs = list(itertools.combinations([block for _, block in run["order"]], 2))
-    if not pairs or len({step for step, _ in run["order"]}) == 1:
-        return []
-    return [mean(1 if first > second else -1 for first, second in pairs)]
-
-
-def notes(methods: dict[str, list[dict]]) -> Iterator[str]:
-    """The lines under a table: orders that differ by seed, correlations, language adapters, and in what the
-    runs differ from those behind the paper's figures."""
-    for method, runs in methods.items():
-        for run in runs if len({opening_order(run) for run in runs}) > 1 else []:
-            yield f"{method}, seed {run['seed']}, opened {opening_order(run)}"
-    yield from correlations(methods)
-    firsts = {method: runs[0] for method, runs in methods.items()}
-    for run in [run for run in firsts.values() if any(run["language_adapters"].values())][:1]:
-        yield "language adapters: " + ", ".join(f"{run[SOURCES].get(adapter, adapter)} for {language}"
-                                                for language, adapter in run["language_adapters"].items())
-    if is_selected_on_test(methods):
-        yield "optimistic: English is tested on COPA's validation split, which selects the weights"
-    yield from paper_notes(methods, firsts)
-
-
-def paper_notes(methods: dict[str, list[dict]], firsts: dict[str, dict]) -> Iterator[str]:
-    """What to know about the paper's figures in a table; firsts: a run of each column."""
-    metric = next(iter(next(iter(firsts.values()))["scores"]["en"]))
-    known = {method: run for method, run in firsts.items() if paper_figure(run, metric) != "-"}
-    apart: dict[tuple, list[str]] = {}
-    for method in known:
-        found = dict.fromkeys(itertools.chain(*map(departures, methods[method])))
-        apart.setdefault(tuple(found), []).append(method)
-    for what, names in apart.items():
-        if what:
-            yield f"* {'; '.join(names)}: not the paper's setting, but {', '.join(what)}"
-    for method, run in firsts.items():
-        released = run | {"settings": run["settings"] | {"first": "top"}}
-        if method not in known and paper_figure(released, metric) != "-":
-            yield f"{method}: Algorithm 1's form; the paper has the released form (--first top)"
-        elif method in known and run["method"] in TOP_FIRST:
-            yield f"{method}: the released form, of which the paper's figure is"
-        estimator = run["settings"]["fisher_labels"], run["settings"]["fisher_batches"]
-        if method in known and run["method"] == "fun" and estimator != ("official", 41):
-            yield f"{method}: the paper's tr(F) is the official formula on 41 batches"
-    run = next(iter(known.values()), {})
-    if run.get("train_examples") in LOW_SIZES:
-        yield "the paper's low data are the first rows, for every seed; here a sample by seed"
-    if run.get("task") == "xcopa":
-        yield ("the paper's XCOPA has its own questions, wrong in part of th, tr, sw, id and it; here they "
-               "are English COPA's")
-    if any(run["method"] == "full" for run in known.values()):
-        yield "full: the paper does not give its learning rate"
-
-
-def is_selected_on_test(methods: dict[str, list[dict]]) -> bool:
-    """Whether English is tested on the split that selects: COPA's own test labels are not on the hub."""
-    return any(run["task"] == "xcopa" and run["settings"]["data"] is None
-               for runs in methods.values() for run in runs)
-
-
-def correlations(methods: dict[str, list[dict]]) -> Iterator[str]:
-    """Spearman's correlation of tr(F) per open block with scores, over the runs of two methods or more whose
-    tr(F) is measured alike. Each run is a point: x is tr(F) at the last measurement up to the weights kept
-    (as in the paper's Figure 4), or the highest up to there, y their validation score or mean of targets."""
-    alike: dict[tuple, list[tuple]] = {}
-    for method, runs in methods.items():
-        for run in runs:
-            traces, validations = run["log"]
-            metric = next(iter(run["scores"]["en"]))
-            kept = max(validations, key=lambda event: event[metric], default={"step": -1})
-            curve = [event["average"] for event in traces if event["step"] <= kept["step"]]
-            if curve and run["average"]:
-                way = run["settings"]["fisher_labels"], str(run["settings"]["fisher_batches"])
-                point = method, curve[-1], max(curve), kept[metric], run["average"][metric]
-                alike.setdefault(way, []).append(point)
-    for (labels, _), points in alike.items():
-        names, last, highest, validation, targets = zip(*points)
-        if len({*names}) > 1 and len(points) > 2:
-            both = [f"{spearman(traces, validation):.2f} and {spearman(traces, targets):.2f}"
-                    for traces in (last, highest)]
-            yield ("Spearman's correlation of tr(F) per open block with validation and mean of targets "
-                   f"{both[0]}, of its highest {both[1]} ({len(points)} runs, {labels} labels)")
-
-
-def spearman(first: tuple, second: tuple) -> float:
-    """The correlation of the ranks, equals with their mean rank; NaN where all are equal."""
-    ranks = [[sum(other < value for other in values) + sum(other == value for other in values) / 2
-              for value in values] for values in (first, second)]
-    return correlation(*ranks) if all(len({*values}) > 1 for values in ranks) else math.nan
-
-
-def trace_curve(runs: list[dict]) -> str:
-    """Of tr(F) per open block, mean over the runs: the first value, the highest and its step, the last."""
-    curve = mean_curve([traces for traces, _ in (run["log"] for run in runs) if traces], "average")
-    if not curve:
-        return "-"
-    highest = max(curve, key=curve.get)
-    return f"{curve[min(curve)]:.2g}, {curve[highest]:.2g} at {highest}, {curve[max(curve)]:.2g}"
-
-
-def mean_curve(logs: list[list[dict]], name: str) -> dict[int, float]:
-    """By step, the mean over the runs of one quantity, at the steps that all of them have."""
-    curves = [{event["step"]: event[name] for event in events} for events in logs]
-    return {step: mean(curve[step] for curve in curves)
-            for step in (curves or [{}])[0] if all(step in curve for curve in curves)}
-
-
-COLOURS = ("#000000", "#E69F00", "#D55E00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7", "#F0E442", "#999999")
-
-
-def plot(groups: dict[str, dict[str, list[dict]]], path: Path) -> None:
-    """Four panels per group: tr(F) per open block, opening orders, validation score over tr(F) (the paper's
-    Figures 3, 5 and 4), and the gain by language. Curves come from log.jsonl; runs without one lack them."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    figure, panels = pyplot.subplots(2 * len(groups), 2, figsize=(12, 8 * len(groups)), squeeze=False)
-    panels = panels.reshape(-1, 4)
-    names = dict.fromkeys(method for methods in groups.values() for method in methods)
-    colours = dict(zip(names, itertools.cycle(COLOURS)))  # a method's in every group
-    for (title, methods), (curve, orders, scores, gained) in zip(groups.items(), panels):
-        for method, runs in methods.items():
-            draw(runs, standard_of(methods), curve, orders, scores, gained,
-                 {"color": colours[method], "label": method})
-        top = max([0, *(block for runs in methods.values() for run in runs for _, block in run["order"])])
-        orders.plot([0, top], [top, 0], linestyle=":", color="grey", label="GU's diagonal")
-        curve.set(xlabel="step", ylabel="tr(F) per open block", yscale="log")
-        orders.set(xlabel="block (0: bottom)", ylabel="mean position in the opening order")
-        scores.set(xlabel="tr(F) per open block", ylabel="validation score")
-        gained.set(xlabel="language, standard's weakest first", ylabel="mean score over standard's")
-        gained.axhline(0, color="grey", linewidth=0.8)
-        gained.tick_params(axis="x", labelsize="small", rotation=90)
-        for panel in (curve, orders, scores, gained):
-            if panel.get_legend_handles_labels()[0]:
-                panel.legend(fontsize="small")
-        curve.set_title(textwrap.fill(title, 80), loc="left", fontsize="medium")
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    try:
-        figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=80)
-    except ValueError:
-        raise UserError(f"--plot {path}: matplotlib writes no {path.suffix}; name a .png") from None
-    pyplot.close(figure)
-    write_atomically(path, buffer.getvalue())
-
-
-def draw(runs: list[dict], standard: list[dict], curve, orders, scores, gained, style: dict) -> None:
-    """One method, means over its runs: the curve of tr(F) with each run's, the position of each block in the
-    order of opening, the validation scores over tr(F), and the gain of each language."""
-    metric, faint = next(iter(runs[0]["scores"]["en"])), style | {"alpha": 0.25, "label": None}
-    if all(len({step for step, _ in run["order"]}) > 1 for run in runs):  # one block after the other
-        positions: dict[int, list[int]] = {}
-        for run in runs:
-            for position, (_, block) in enumerate(run["order"]):
-                positions.setdefault(block, []).append(position)
-        orders.plot(sorted(positions), [mean(positions[block]) for block in sorted(positions)], marker="o",
-                    **style)
-    languages = weakest_first([key for key in runs[0]["scores"] if key != "en"], standard, metric)
-    if paired := gains(runs, standard, metric, languages):
-        gained.plot(languages, [*map(mean, zip(*paired))], marker="o", markersize=4, linewidth=0.8, **style)
-    logs = [run["log"] for run in runs if run["log"][0]]
-    for traces, _ in logs:
-        curve.plot([event["step"] for event in traces], [event["average"] for event in traces], **faint)
-    if trace := mean_curve([traces for traces, _ in logs], "average"):
-        curve.plot([*trace], [*trace.values()], **style)
-        points = [(trace[max(measured)], score)
-                  for step, score in mean_curve([validations for _, validations in logs], metric).items()
-                  if (measured := [earlier for earlier in trace if earlier <= step + 1])]
-        scores.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, **style)
-
-
-def read_log(path: Path, metric: str) -> tuple[list[dict], list[dict]]:
-    """The measurements of tr(F) with open blocks and the validations in a run's log; none without a log."""
-    try:
-        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        traces = [event for event in events if event["event"] == "fisher" and event["trainable"]]
-        validations = [event for event in events if event.get("split") == "validation"]
-        for event in traces:  # logs of earlier versions have another average
-            event["average"] = mean(event["trace"][block] for block in event["trainable"])
-        numbers = [event[name] for event in traces for name in ("step", "average")]
-        numbers += [event[name] for event in validations for name in ("step", metric)]
-        assert all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
-        return traces, validations
-    except FileNotFoundError:
-        return [], []
-    except (ValueError, LookupError, TypeError, AttributeError, AssertionError):
-        raise UserError(f"{path} is damaged: leave {path.parent} out, or run it again") from None
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
@@ -1303,6 +901,7 @@ def compare(runs: list[Settings]) -> None:
     for settings in runs:
         train(settings)
     if len(runs) > 1:
+        from extras.report import report
         report([str(run_folder(settings)) for settings in runs])
 
 
@@ -1337,6 +936,7 @@ def main(arguments: list[str]) -> int:
     on_stop_signals(stop_now)
     try:
         if arguments[:1] == ["report"]:
+            from extras.report import report
             report(arguments[1:])
         else:
             compare(runs_of(arguments))

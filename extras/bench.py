@@ -119,6 +119,7 @@ def base() -> None:
     import unfreeze
     from adapters import add_task_adapters
     from fisher import fisher_trace
+    from extras import packing
     from tasks import TASKS, pad, predict, tokens_of
     unfreeze.keep_freed_memory()
     device, task = unfreeze.device_of(unfreeze.parse(["xnli"])), TASKS["xnli"]
@@ -130,9 +131,9 @@ def base() -> None:
     blocks = add_task_adapters(model)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-5, weight_decay=0.0, fused=True)
-    unfreeze.allow_packing(model)
+    packing.allow_packing(model)
     tokenizer = SimpleNamespace(pad_token_id=1, pad_token_type_id=0, padding_side="right")
-    collate = partial(unfreeze.batch_on, device, model, partial(pad, tokenizer=tokenizer))
+    collate = partial(packing.batch_on, device, model, partial(pad, tokenizer=tokenizer))
     batches = [sorted(pairs_like_mnli(4 * ROWS), key=tokens_of) for _ in range(8)]
 
     def step(kind: str, count: int, precision: str) -> None:
@@ -267,7 +268,8 @@ def epoch(data: str, folder: str) -> None:
     """Print the time of an epoch of xnli by padding and method, and of testing all languages, on a CPU."""
     import unfreeze
     from fisher import fisher_trace
-    from tasks import TASKS, load_data, load_model, predict, sampled, tokens_of
+    from extras import packing
+    from tasks import TASKS, load_data, predict, sampled, tokens_of
     unfreeze.keep_freed_memory()
     task = TASKS["xnli"]
     settings = unfreeze.parse(["xnli", "--data", data, "--model", folder, "--test-examples", str(2 * BATCHES),
@@ -275,14 +277,14 @@ def epoch(data: str, folder: str) -> None:
                                "--fisher-batches", "4"])
     rows, labels = load_data(settings)
     splits = sampled(rows, settings)
-    tokenizer, model, blocks = load_model(settings, labels)
-    unfreeze.allow_packing(model)
+    tokenizer, model, blocks = unfreeze.load_model(settings, labels)
+    packing.allow_packing(model)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-5, weight_decay=0.0, fused=True)
     examples = task.encode(splits["train"], tokenizer, 128, labels)
     batches = [sorted((examples[i] for i in chosen), key=tokens_of) for chosen in torch.randperm(
         len(examples), generator=torch.Generator().manual_seed(0)).split(ROWS)]
-    collate = partial(unfreeze.batch_on, torch.device("cpu"), model, partial(task.batch, tokenizer=tokenizer))
+    collate = partial(packing.batch_on, torch.device("cpu"), model, partial(task.batch, tokenizer=tokenizer))
     padded = partial(collate, is_packed=False)
 
     def fixed(rows: list[dict]) -> dict:
