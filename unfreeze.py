@@ -55,6 +55,7 @@ from transformers import (AutoConfig, AutoModelForMaskedLM, AutoModelForQuestion
 
 from adapters import (add_language_adapter, add_lora, add_task_adapters, load_tensors, save_adapter, save_head,
                       save_tensors, set_language, write_atomically)
+from extras.graphs import TOKENS, Graphed, widened
 from extras.packing import PACKED, allow_packing, batch_on
 from fisher import LABELS, fisher_trace
 from tasks import (HF_HUB_OFFLINE, TASKS, WITHOUT_HUB, UserError, load_data, predict, reach_hub, resolve, sampled,
@@ -231,6 +232,8 @@ class Settings:
                                    choices=["fp32", "tf32", "bf16"])
     whole_batches: bool = option(False, "pad each batch to its longest example (default: XLM-R, RoBERTa "
                                  "and BERT run without padding)", action="store_true")
+    cuda_graphs: bool = option(False, "repeat a step's kernels without Python: pays where a fast card waits for "
+                               "launches (XLM-R, RoBERTa and BERT)", action="store_true")
     save_every: int = option(500, "steps between two checkpoints", least=1)
     out: str | None = option(None, "the run's folder (default: runs/TASK-MODEL-METHOD-SEED)")
     overwrite: bool = option(False, "start anew, and replace a finished run", action="store_true")
@@ -246,6 +249,8 @@ def check(settings: Settings) -> None:
         raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     if settings.precision == "tf32" and device_of(settings).type != "cuda":
         raise UserError("--precision tf32 is for CUDA: use fp32 or bf16")
+    if settings.cuda_graphs and (device_of(settings).type != "cuda" or settings.task == "mlm"):
+        raise UserError("--cuda-graphs is for tasks on a CUDA device: leave it out")
     if settings.epochs and settings.steps is not None:
         raise UserError("--epochs and --steps exclude each other: give one of them")
     if (settings.method == "order") != (settings.order is not None):
@@ -303,6 +308,20 @@ def train(settings: Settings) -> None:
     # ONE optimizer over all that will ever train: built from the open blocks, it would never step later ones.
     learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(learned.values(), lr=settings.lr, weight_decay=0.0, fused=True)
+
+    def forward_and_backward(batch: dict) -> torch.Tensor:
+        with autocast():
+            loss = task.loss(model, batch)
+        loss.backward()  # reaches down to the lowest open block and no further
+        return loss.detach()
+
+    collate_step = collate
+    if settings.cuda_graphs:
+        if model.config.model_type not in PACKED:
+            raise UserError(f"--cuda-graphs is for {', '.join(PACKED)}, no {model.config.model_type}: leave it out")
+        forward_and_backward = Graphed(forward_and_backward, learned.values())
+        make = partial(widened, partial(task.batch, tokenizer=tokenizer), tokenizer, length)
+        collate_step = partial(batch_on, device, model, make, is_packed=not settings.whole_batches, multiple=TOKENS)
 
     readings: list[torch.Tensor] = []  # by step: loss and norm of the gradient, still on the device
     traces: dict[int, list[float]] = {}  # by step: FUN's choice and the report share one measurement
@@ -380,14 +399,12 @@ def train(settings: Settings) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         batch = sorted((examples[i] for i in batch_of(settings, step, len(examples))), key=tokens_of)
-        with autocast():
-            loss = task.loss(model, collate(batch))
-        loss.backward()  # reaches down to the lowest open block and no further
+        loss = forward_and_backward(collate_step(batch))
         norm = nn.utils.clip_grad_norm_(learned.values(), 1.0)
         optimizer.step()  # a frozen block has grad=None and is left alone
         optimizer.zero_grad()
 
-        readings.append(torch.stack([loss.detach().float(), norm]))
+        readings.append(torch.stack([loss.float(), norm]))
         done, is_stopping = step + 1, bool(asked_to_stop)
         is_saved = is_stopping or 0 in (done % settings.save_every, done % stride, settings.steps - done)
         if is_saved or done % 10 == 0:
