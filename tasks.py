@@ -1,14 +1,15 @@
 """The tasks: their data, how rows become token ids, how answers are scored, and the paper's presets.
 
-Liu et al., NAACL 2024: Tables 3, 4 and 15 (presets), the results to compare with, and the rules of scoring.
+Liu et al., NAACL 2024: Tables 3, 4 and 15 (presets) and the rules of scoring.
 
     splits, labels = load_data(settings)                            # settings: unfreeze.py's
     examples = task.encode(splits["de"], tokenizer, 128, labels)    # task = TASKS["xnli"]
     outputs = predict(task, model, examples, collate, autocast)     # collate: examples -> batch
     scores, predictions = task.score(splits["de"], examples, outputs, "de", labels)
 
-A fifth task is one more entry of TASKS: columns, languages, place on the hub, head, and three functions of
-its kind (pairs, spans, choices, masked text). Scores are in percent; a place in a text counts its characters.
+First what all tasks share: rows, batches, outputs. Then each kind with all that is its own (pairs, choices,
+spans, masked text), then the presets. A further task is one more entry of TASKS, of one of these kinds or
+with functions of its own. Scores are in percent; a place in a text counts its characters.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import mean
@@ -42,6 +43,47 @@ from transformers import (AutoModelForMaskedLM, AutoModelForMultipleChoice, Auto
 
 class UserError(Exception):
     """A mistake the user can mend: printed as one line, exit status 2."""
+
+
+@contextlib.contextmanager
+def blame(what: str, remedy: str):
+    """Whatever goes wrong inside becomes one line for the user: what (kind of error): remedy."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{what} ({type(error).__name__}): {remedy}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """An example is a dictionary of one sequence's tensors, unpadded; a batch the keywords of the model."""
+
+    # its data
+    columns: tuple[str, ...]  # of every row; what is predicted is called "label", or checked by `values`
+    optional_columns: tuple[str, ...] = ()  # used where the training file has them
+    values: dict = field(default_factory=dict)  # by column: what it may hold, or a function that reads it
+    languages: tuple[str, ...] | None = None  # those the paper tests, English first; None: every test file
+    other_languages: tuple[str, ...] = ()  # on the hub, but not tested in the paper
+    hub: dict = field(default_factory=dict)  # by split: owner/name/config/split, or language -> rows
+    trains_language: bool = False  # a language adapter on a text file, with no task, test languages or tr(F)
+    # its kind
+    head: type
+    encode: Callable  # (rows, tokenizer, max_length, labels) -> examples
+    batch: Callable  # (examples, tokenizer) -> batch
+    forward: Callable  # (model, batch) -> outputs [B, …]
+    loss: Callable  # (model, batch) -> loss to minimise
+    score: Callable  # (rows, examples, outputs, language, labels) -> ({metric: percent}, predictions)
+    unreachable: Callable | None = None  # (rows, examples) -> answers that no output can give, or not exactly
+    # its settings
+    max_length: int = 128
+    fisher_every: int = 0  # steps between two reports of tr(F); 0: each epoch
+    training_set: str | None = None  # the paper's name of it, a key of PRESETS
+    preset: tuple = ((3, 3), (8e-4, 8e-4), 32, "linear", None)  # as a row of PRESETS, where these have none
+
+
+TASKS: dict[str, Task] = {}  # by name; each kind adds its own below
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -66,27 +108,31 @@ def reach_hub(settings) -> None:
 
 def load_data(settings) -> tuple[dict[str, list[dict]], list]:
     """All rows by split (train, validation, then the test languages, English first), and the labels."""
-    if settings.task == "mlm":
+    task = TASKS[settings.task]
+    if task.trains_language:
         return read_text(Path(settings.data)), []
-    task, languages = TASKS[settings.task], test_languages(settings)
-    train = read_split(settings, "train", "en")
-    own = [column for column in task.optional_columns
-           if any(isinstance(row, dict) and row.get(column) is not None for row in train.values())]
-    columns, values = (*task.columns, *own), dict(task.values)
-    absent = set(task.optional_columns) - set(own)
+    languages, train = test_languages(settings), read_split(settings, "train", "en")
+    used = {column for row in train.values() for column, value in row.items() if value is not None}
+    columns = [*task.columns, *(column for column in task.optional_columns if column in used)]
+    absent, values = {*task.optional_columns} - used, dict(task.values)
     splits = {"train": check_rows(train, columns, absent, values)}
     if "label" in columns:
-        found = {row["label"] for row in splits["train"]}
-        if len(found) < 2:
-            place = next(iter(train))
-            raise UserError(f"{place} and all other rows have one label, {found.pop()!r}: add others")
-        if "label" not in values:  # integers by value, strings by alphabet
-            values["label"] = sorted(found, key=lambda label: (isinstance(label, str), label))
-            note_twins(values["label"])
+        values.setdefault("label", labels_of(splits["train"], place=next(iter(train))))
     splits["validation"] = check_rows(read_split(settings, "validation", "en"), columns, absent, values)
     for language in languages:
         splits[language] = check_rows(read_split(settings, "test", language), columns, absent, values)
     return splits, list(values.get("label", []))
+
+
+def labels_of(rows: list[dict], place: str) -> list:
+    """The labels that occur: integers by value, then strings by alphabet."""
+    labels = sorted({row["label"] for row in rows}, key=lambda label: (isinstance(label, str), label))
+    if len(labels) < 2:
+        raise UserError(f"{place} and all other rows have one label, {labels[0]!r}: add others")
+    folded = [" ".join(str(label).casefold().split()) for label in labels]
+    if twins := [label for label, key in zip(labels, folded) if folded.count(key) > 1]:
+        print(f"note: labels that differ in type, case or white space alone count as different ones: {twins}")
+    return labels
 
 
 def sampled(rows: dict[str, list[dict]], settings) -> dict[str, list[dict]]:
@@ -96,60 +142,58 @@ def sampled(rows: dict[str, list[dict]], settings) -> dict[str, list[dict]]:
     return splits | {"train": train, "validation": rows["validation"]}
 
 
-def note_twins(labels: list) -> None:
-    folded = [" ".join(str(label).casefold().split()) for label in labels]
-    count = Counter(folded)
-    if twins := [label for label, key in zip(labels, folded) if count[key] > 1]:
-        print(f"note: labels that differ in type, case or white space alone count as different ones: {twins}")
+def sample(rows: list[dict], count: int | None, seed: int, stratified: bool = False) -> list[dict]:
+    """`count` rows at random in their own order, or all; stratified: every label in its own share."""
+    if count is None or count >= len(rows):
+        return rows
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    if stratified and "label" in rows[0]:
+        by_label = {}
+        for i in order:
+            by_label.setdefault(rows[i]["label"], []).append(i)
+        # The n-th of N rows of its label stands at (n + 1/2) / N: the first `count` hold each label's share.
+        rank = {i: (n + 0.5) / len(same) for same in by_label.values() for n, i in enumerate(same)}
+        order.sort(key=rank.get)
+    return [rows[i] for i in sorted(order[:count])]
+
+
+WANTED = ("train.en.jsonl, validation.en.jsonl and test.<language>.jsonl (a JSON object a line), or the same "
+          "as .csv or .tsv with a header line")
 
 
 def test_languages(settings) -> list[str]:
     """English, then those asked for, by default the task's."""
-    task = TASKS[settings.task]
-    known, where = [*(task.languages or ()), *task.other_languages], "on the hub"
+    task, where = TASKS[settings.task], "on the hub"
+    known = [*(task.languages or ()), *task.other_languages]
     if settings.data is not None:
-        folder, where = Path(settings.data), f"in {settings.data} (test.<language>.jsonl)"
-        if not folder.is_dir():
-            raise UserError(f"no data folder {folder}: --data must name one with {WANTED}")
-        files = sorted(path.name for path in folder.iterdir() if path.is_file())
-        known = sorted({name.split(".")[1] for name in files
-                        if re.fullmatch(r"test\.[^.]+\.(jsonl|csv|tsv)", name)})
-        if not known:
-            listed = ", ".join(files[:5]) + ", …" * (len(files) > 5)
-            raise UserError(f"{folder} has {listed or 'no files'} and no test data: --data needs {WANTED}")
+        known, where = languages_in(Path(settings.data)), f"in {settings.data} (test.<language>.jsonl)"
     wanted = settings.languages.split(",") if settings.languages else task.languages or known
-    for language in ("en", *wanted):
+    wanted = list(dict.fromkeys(["en", *wanted]))  # each once
+    for language in wanted:
         if language not in known:
             raise UserError(f"{settings.task} has no language {language!r} {where}, only "
                             f"{', '.join(known)}: choose with --languages")
-    return ["en", *(language for language in dict.fromkeys(wanted) if language != "en")]
+    return wanted
+
+
+def languages_in(folder: Path) -> list[str]:
+    """Those that a data folder has test data of."""
+    if not folder.is_dir():
+        raise UserError(f"no data folder {folder}: --data must name one with {WANTED}")
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    found = {name.split(".")[1] for name in files if re.fullmatch(r"test\.[^.]+\.(jsonl|csv|tsv)", name)}
+    if not found:
+        listed = ", ".join(files[:5]) + ", …" * (len(files) > 5)
+        raise UserError(f"{folder} has {listed or 'no files'} and no test data: --data needs {WANTED}")
+    return sorted(found)
 
 
 def read_split(settings, split: str, language: str) -> dict[str, dict]:
     """The rows as they are, by the place that an error message names."""
     if settings.data is not None:
         return read_file(Path(settings.data), f"{split}.{language}")
-    place = TASKS[settings.task].hub[split].format(language)
-    if settings.task != "xcopa" or split != "test":
-        return read_hub(place)
-    if language == "en":  # the hub's copy of COPA hides the labels of its test pairs
-        return read_split(settings, "validation", "en")
-    rows, questions = read_hub(place), english_questions()
-    if len(rows) != len(questions):
-        raise UserError(f"{place} on the hub has {len(rows)} rows and English COPA {len(questions)}: they "
-                        "must be parallel; give a folder with --data instead")
-    return {place: row | {"question": question}
-            for (place, row), question in zip(rows.items(), questions)}
-
-
-@cache
-def english_questions() -> list[str | None]:
-    """Those of COPA's test pairs, row by row XCOPA's, whose own are wrong in five languages."""
-    return [row.get("question") for row in read_hub("aps/super_glue/copa/test").values()]
-
-
-WANTED = ("train.en.jsonl, validation.en.jsonl and test.<language>.jsonl (a JSON object a line), or the same "
-          "as .csv or .tsv with a header line")
+    place = TASKS[settings.task].hub[split]
+    return place(language) if callable(place) else read_hub(place.format(language))
 
 
 def read_file(folder: Path, name: str) -> dict[str, dict]:
@@ -159,7 +203,7 @@ def read_file(folder: Path, name: str) -> dict[str, dict]:
         raise UserError(f"missing data file {folder / name}.jsonl: --data must hold {WANTED}")
     if len(paths) > 1:
         raise UserError(f"{paths[0]} and {paths[1].name}: only one of them can be meant; move the other away")
-    rows = (read_lines if paths[0].suffix == ".jsonl" else read_table)(paths[0])
+    rows = read_lines(paths[0]) if paths[0].suffix == ".jsonl" else read_table(paths[0])
     if not rows:
         raise UserError(f"{paths[0]} is empty: it needs a row an example")
     return rows
@@ -168,16 +212,15 @@ def read_file(folder: Path, name: str) -> dict[str, dict]:
 def read_utf8(path: Path, errors: str = "strict") -> str:
     """The text of a file, without a byte-order mark."""
     content = path.read_bytes()
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:1000]:
-        raise UserError(f"{path} is not text in UTF-8 but, it seems, in UTF-16: save it as UTF-8")
-    try:
-        return content.decode("utf-8-sig", errors)
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8: save it as UTF-8") from None
+    with blame(f"{path} is not text in UTF-8 but, it seems, in UTF-16 or Latin-1", "save it as UTF-8"):
+        text = content.decode("utf-8-sig", errors)
+        if "\0" in text[:1000]:
+            raise UnicodeError
+        return text
 
 
 def read_lines(path: Path) -> dict[str, dict]:
-    """A JSON object a line; None for a line that is none."""
+    """A JSON object a line."""
     text = read_utf8(path, errors="surrogateescape")
     if text.lstrip()[:1] == "[":
         raise UserError(f"{path} is a JSON array: write one JSON object a line (jq -c '.[]' does)")
@@ -186,11 +229,11 @@ def read_lines(path: Path) -> dict[str, dict]:
         if line.strip():
             try:
                 row = json.loads(line)
-                if "\\u" in line:  # half a surrogate pair is JSON, but no text
-                    line = json.dumps(row, ensure_ascii=False)
-                line.encode()
+                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
             except (ValueError, RecursionError):
                 row = None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: not a JSON object in UTF-8; each line must be one")
             rows[f"{path}:{number}"] = row
     return rows
 
@@ -201,24 +244,21 @@ QUOTES = "a field with quotation marks must stand in quotes, with its own double
 def read_table(path: Path) -> dict[str, dict]:
     """CSV or TSV by Python's csv: quoted fields may hold line breaks. A label of digits is an integer."""
     csv.field_size_limit(2**31 - 1)
-    rows, delimiter = {}, "\t" if path.suffix == ".tsv" else ","
+    delimiter = "\t" if path.suffix == ".tsv" else ","
     reader = csv.reader(io.StringIO(read_utf8(path), newline=""), delimiter=delimiter, strict=True)
-    lines = filter(None, reader)  # no blank ones
     try:
-        header = next(lines, [])
-        for cells in lines:
-            place = f"{path}:{reader.line_num}"
-            if len(cells) != len({*header}):
-                raise UserError(f"{place}: {len(cells)} fields, and {len({*header})} names in the header")
-            if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
-                raise UserError(f"{place}: a quotation mark opens a field of several rows; {QUOTES}")
-            row = rows[place] = dict(zip(header, (cell or None for cell in cells)))
-            if re.fullmatch(r"0|-?[1-9]\d{0,17}", row.get("label") or ""):
-                row["label"] = int(row["label"])
-            with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):  # named later
-                row["answers"] = json.loads(row["answers"])
+        lines = [(f"{path}:{reader.line_num}", cells) for cells in reader if cells]
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: {error}; {QUOTES}") from None
+    rows, header = {}, lines[0][1] if lines else []
+    for place, cells in lines[1:]:
+        if len(cells) != len({*header}):
+            raise UserError(f"{place}: {len(cells)} fields, and {len({*header})} names in the header")
+        if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+            raise UserError(f"{place}: a quotation mark opens a field of several rows; {QUOTES}")
+        row = rows[place] = dict(zip(header, (cell or None for cell in cells)))
+        if re.fullmatch(r"0|-?[1-9]\d{0,17}", row.get("label") or ""):
+            row["label"] = int(row["label"])
     return rows
 
 
@@ -235,190 +275,66 @@ def read_hub(place: str) -> dict[str, dict]:
     from huggingface_hub import snapshot_download
 
     owner, name, config, split = place.split("/")
-    try:
+    with blame(f"data {place} is not in the local cache and the hub does not give it", WITHOUT_HUB):
         folder = snapshot_download(f"{owner}/{name}", allow_patterns=f"{config}/{split}/*.parquet",
                                    repo_type="dataset", revision="refs/convert/parquet")
-    except Exception as error:  # the client raises OSError, ValueError and its HTTP library's errors alike
-        raise UserError(f"data {place} is not in the local cache and the hub does not give it "
-                        f"({type(error).__name__}): {WITHOUT_HUB}") from None
     files = sorted(Path(folder, config, split).glob("*.parquet"))
     if not files:
         source = "local cache" if constants.HF_HUB_OFFLINE else "hub"
         raise UserError(f"the {source} has no parquet files for {place}: name a folder with --data")
     rows = {}
     for file in files:
-        try:  # streamed, so that no second copy of the data is cached
+        with blame(f"{file.resolve()} holds no readable data", "delete it; the next run downloads it again"):
+            # streamed, so that no second copy of the data is cached
             data = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
             rows |= {f"{place}/{file.name}, row {number}": row for number, row in enumerate(data)}
-        except Exception as error:  # whatever a damaged file provokes
-            raise UserError(f"{file.resolve()} holds no readable data ({type(error).__name__}): delete it, "
-                            "and the next run downloads it again") from None
     return rows
 
 
-def check_rows(rows: dict[str, dict], columns: tuple[str, ...], absent: set[str], values: dict) -> list[dict]:
+def check_rows(rows: dict[str, dict], columns: list[str], absent: set[str], values: dict) -> list[dict]:
     """These columns of every row, which has none of `absent`; an error names the row's place."""
+    checked = []
     for place, row in rows.items():
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: not a JSON object in UTF-8; each line must be one")
-        for column in columns:
-            value = row.get(column)
-            if value is None:
-                raise UserError(f"{place}: no column {column!r}; every row of every file needs "
-                                f"{', '.join(columns)}")
-            if column == "answers":
-                check_answers(value, place)
-            elif not isinstance(value, str) and (column != "label" or type(value) is not int):
-                kind = "a string or an integer" if column == "label" else "a string"
-                raise UserError(f"{place}: column {column!r} must be {kind}, not {value!r}")
-            elif column in values and value not in values[column]:
-                known = [repr(known) if column == "label" else known for known in values[column]]
-                raise UserError(f"{place}: {column} {value!r} is not one of {', '.join(known[:5])}"
-                                f"{', …' * (len(known) > 5)}")
-        if given := [column for column in absent if row.get(column) is not None]:
-            raise UserError(f"{place}: a column {given[0]!r}, which the training file lacks: all rows of all "
-                            "files need it, or none")
-    return [{column: row[column] for column in columns} for row in rows.values()]
+        try:
+            checked.append(check_row(row, columns, absent, values))
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from None
+    return checked
 
 
-def check_answers(answers: dict, place: str) -> None:
-    try:
-        fits = all(isinstance(text, str) and type(start) is int
-                   for text, start in zip(answers["text"], answers["answer_start"], strict=True))
-        assert fits and len(answers["text"]) > 0
-    except (TypeError, KeyError, ValueError, AssertionError):
-        raise UserError(f"{place}: answers must be {{'text': [string, …], 'answer_start': [integer, …]}}, "
-                        "with one answer or more") from None
+def check_row(row: dict, columns: list[str], absent: set[str], values: dict) -> dict:
+    for column in columns:
+        if row.get(column) is None:
+            raise ValueError(f"no column {column!r}; every row of every file needs {', '.join(columns)}")
+    for column in absent:
+        if row.get(column) is not None:
+            raise ValueError(f"a column {column!r}, which the training file lacks: all rows of all files "
+                             "need it, or none")
+    return {column: read_value(column, row[column], values.get(column)) for column in columns}
 
 
-def sample(rows: list[dict], count: int | None, seed: int, stratified: bool = False) -> list[dict]:
-    """`count` rows at random in their own order, or all; stratified: every label in its own share."""
-    if count is None or count >= len(rows):
-        return rows
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    if stratified and "label" in rows[0]:
-        # The n-th of N rows of its label stands at (n + 1/2) / N: the first `count` hold each label's share.
-        size, seen = Counter(row["label"] for row in rows), Counter()
-        rank = {}
-        for i in order:
-            label = rows[i]["label"]
-            rank[i] = (seen[label] + 0.5) / size[label]
-            seen[label] += 1
-        order.sort(key=rank.get)
-    return [rows[i] for i in sorted(order[:count])]
-
-
-def read_text(path: Path) -> dict[str, list[dict]]:
-    """The lines of a text file: one in twenty is held out. If there are fewer, long ones are cut first."""
-    if not path.is_file():
-        raise UserError(f"missing text file {path}: --data takes a plain text file for mlm")
-    text = read_utf8(path)
-    lines = [line for line in text.splitlines() if line.strip()]
-    if len(lines) < 20:
-        lines = [piece for line in lines for piece in re.findall(r"\S.{0,999}(?!\S)|\S.{0,999}", line)]
-    rows = [{"text": line} for line in lines]
-    return {"train": [row for i, row in enumerate(rows) if i % 20], "validation": rows[::20]}
+def read_value(column: str, value, allowed: tuple | list | Callable | None):
+    """The value, as the function `allowed` reads it or as one of `allowed`; ValueError says what is wrong."""
+    if callable(allowed):
+        return allowed(value)
+    if not isinstance(value, str) and (column != "label" or type(value) is not int):
+        kind = "a string or an integer" if column == "label" else "a string"
+        raise ValueError(f"column {column!r} must be {kind}, not {value!r}")
+    if allowed and value not in allowed:
+        known = [repr(known) if column == "label" else known for known in allowed]
+        listed = ", ".join(known[:5]) + ", …" * (len(known) > 5)
+        raise ValueError(f"{column} {value!r} is not one of {listed}")
+    return value
 
 
 # ------------------------------------------------------------------------------------------------------------
-# From rows to token ids, one dictionary of tensors per example, unpadded, and from these to a batch
+# From examples to batches, and from these to outputs
 # ------------------------------------------------------------------------------------------------------------
-
-
-def encode_pairs(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
-    """One text, or two in the order of the columns, and the number of its label."""
-    columns = [[row[column] for row in rows] for column in rows[0] if column != "label"]
-    encoded = tokenizer(*columns, truncation=True, max_length=max_length)
-    return [tensors_of(encoded, i) | {"labels": labels.index(row["label"])} for i, row in enumerate(rows)]
 
 
 def tensors_of(encoded: dict, i: int) -> dict[str, torch.Tensor]:
     """The i-th sequence that a tokenizer gives, each of its lists as a tensor [T]."""
     return {key: torch.tensor(values[i], dtype=torch.long) for key, values in encoded.items()}
-
-
-def encode_choices(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
-    """Premise and question with each choice: two sequences an example, one score each."""
-    premises = [f"{row['premise']} What was the {row['question']}?" for row in rows]
-    encoded = [tokenizer(premises, [row[choice] for row in rows], truncation=True, max_length=max_length)
-               for choice in ("choice1", "choice2")]
-    pairs = [[tensors_of(choice, i) for choice in encoded] for i in range(len(rows))]
-    return [{key: [choice[key] for choice in pair] for key in pair[0]}
-            | {"labels": labels.index(row["label"])} for pair, row in zip(pairs, rows)]
-
-
-def encode_spans(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
-    """Question and context, a long context in windows that overlap by 128 tokens (the stride).
-
-    `offsets` [T, 2] has the characters of the context that a token covers, -1 elsewhere; `row` the question's
-    number. A window without the whole of the first answer has start and end at its first token.
-    """
-    examples = []
-    for number, row in enumerate(rows):
-        question = row["question"].strip()
-        start = tokenizer(question, add_special_tokens=False, truncation=True, max_length=max_length // 4,
-                          return_offsets_mapping=True)["offset_mapping"]
-        question = question[: start[-1][1] if start else 0]  # leaves room for the context
-        windows = tokenizer(question, row["context"], truncation="only_second", max_length=max_length,
-                            stride=min(128, max_length // 3), return_overflowing_tokens=True,
-                            return_offsets_mapping=True)
-        inputs = {key: windows[key] for key in tokenizer.model_input_names if key in windows}
-        count = len(windows["input_ids"])
-        for i in range(count):
-            offsets = torch.tensor(windows["offset_mapping"][i], dtype=torch.int32)
-            outside = torch.tensor([sequence != 1 for sequence in windows.sequence_ids(i)])
-            offsets[outside] = -1
-            covered = (0 if i == 0 else offsets[~outside][0, 0].item(),
-                       len(row["context"]) if i == count - 1 else offsets[~outside][-1, 1].item())
-            first, last = answer_tokens(offsets, row, covered)
-            examples.append(tensors_of(inputs, i) | {"start_positions": first, "end_positions": last,
-                                                     "row": number, "offsets": offsets})
-    return examples
-
-
-def answer_tokens(offsets: torch.Tensor, row: dict, covered: tuple[int, int]) -> tuple[int, int]:
-    """The first and last token that share a character with the first answer; 0, 0 if it is not all here."""
-    text, start = row["answers"]["text"][0], row["answers"]["answer_start"][0]
-    end = start + len(text)
-    shared = ((offsets[:, 1] > start) & (offsets[:, 0] < end)).nonzero()
-    is_there = row["context"][max(start, 0) : end] == text and covered[0] <= start and end <= covered[1]
-    return (shared[0].item(), shared[-1].item()) if is_there and len(shared) else (0, 0)
-
-
-def stripped(context: str, start: int, end: int) -> tuple[int, str]:
-    """The text between two characters without the white space around it, and where it starts."""
-    text = context[start:end]
-    return start + len(text) - len(text.lstrip()), text.strip()
-
-
-def unreachable(rows: list[dict], examples: list[dict]) -> tuple[int, int]:
-    """How many first answers are in no window (or not at their answer_start), and how many are in one but
-    begin or end inside a token, so that no span of tokens is exactly the answer."""
-    best = {}
-    for example in examples:
-        first, last = example["start_positions"], example["end_positions"]
-        if first:
-            row, offsets = rows[example["row"]], example["offsets"]
-            _, text = stripped(row["context"], offsets[first, 0].item(), offsets[last, 1].item())
-            exact = text == row["answers"]["text"][0].strip()
-            best[example["row"]] = best.get(example["row"], False) or exact
-    return len(rows) - len(best), sum(not exact for exact in best.values())
-
-
-def encode_text(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
-    """All lines, joined by the separator, in sequences of `max_length` tokens each; the rest is dropped."""
-    if tokenizer.mask_token_id is None:
-        raise UserError("the tokenizer of --model has no mask token: masked-language modelling needs one")
-    tokens, inner = array("i"), max_length - 2  # a sequence begins and ends with a special token
-    for row in rows:
-        tokens.extend(tokenizer(row["text"].strip(), add_special_tokens=False, verbose=False)["input_ids"])
-        tokens.append(tokenizer.sep_token_id)
-    if len(tokens) < inner:
-        raise UserError(f"--data has too little text: {len(rows)} of its lines have {len(tokens)} tokens, a "
-                        f"sequence takes {inner}, and each twentieth line is held out; lower --max-length")
-    return [{"input_ids": torch.tensor([tokenizer.cls_token_id, *tokens[start : start + inner],
-                                        tokenizer.sep_token_id])}
-            for start in range(0, len(tokens) - inner + 1, inner)]
 
 
 def tokens_of(example: dict) -> int:
@@ -432,73 +348,20 @@ def pad(examples: list[dict], tokenizer) -> dict[str, torch.Tensor]:
     padding, batch = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}, {}
     for key, first in examples[0].items():
         values = [example[key] for example in examples]
-        if isinstance(first, int) and key != "row":
+        if key in ("row", "offsets"):  # of the score's, not the model's
+            continue
+        if isinstance(first, int):
             batch[key] = torch.tensor(values)  # [B]
-        elif key not in ("row", "offsets"):  # of the task's, not the model's
-            sequences = [*chain(*values)] if isinstance(first, list) else values
-            padded = pad_sequence(sequences, True, padding.get(key, 0), tokenizer.padding_side)
-            batch[key] = padded.unflatten(0, (len(examples), -1)) if isinstance(first, list) else padded
+        elif isinstance(first, list):
+            padded = pad_sequence([*chain(*values)], True, padding.get(key, 0), tokenizer.padding_side)
+            batch[key] = padded.unflatten(0, (len(examples), -1))  # [B choices, T] -> [B, choices, T]
+        else:
+            batch[key] = pad_sequence(values, True, padding.get(key, 0), tokenizer.padding_side)  # [B, T]
     return batch
 
 
-def mask_tokens(examples: list[dict], tokenizer) -> dict[str, torch.Tensor]:
-    """One batch of sequences, 15 % of its tokens masked as BERT does it; `labels` has these."""
-    return dict(DataCollatorForLanguageModeling(tokenizer)(examples))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Outputs and scores
-# ------------------------------------------------------------------------------------------------------------
-
-
-def class_logits(model: nn.Module, batch: dict) -> torch.Tensor:
-    return model(**batch).logits  # [B, C]
-
-
-def span_logits(model: nn.Module, batch: dict) -> torch.Tensor:
-    output = model(**batch)
-    return torch.stack([output.start_logits, output.end_logits], dim=1)  # [B, 2, T]
-
-
-def masked_tokens(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss [M] and correctness [M] of every masked token and its row [M]; no logits of any other token."""
-    hidden, masked = model.base_model(batch["input_ids"])[0], batch["labels"] != -100  # [B, T, H]
-    if hasattr(model, "lm_predictions"):  # DeBERTa-v2's new head
-        logits = model.lm_predictions(hidden[masked], model.get_input_embeddings())  # [M, V]
-    else:
-        logits = (model.lm_head if hasattr(model, "lm_head") else model.cls)(hidden[masked])
-    logits, labels = logits.float(), batch["labels"][masked]  # [M, V], [M]
-    loss = nn.functional.cross_entropy(logits, labels, reduction="none")
-    return loss, logits.argmax(-1) == labels, masked.nonzero()[:, 0]
-
-
-def masked_sums(model: nn.Module, batch: dict) -> torch.Tensor:
-    """Of every sequence: the sum of losses, the number of tokens guessed right, and of masked tokens."""
-    loss, right, row = masked_tokens(model, batch)
-    values = torch.stack([loss, right, torch.ones_like(loss)], dim=1)  # [M, 3]
-    return torch.zeros(len(batch["labels"]), 3, device=loss.device).index_add(0, row, values)  # [B, 3]
-
-
-def model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    return model(**batch).loss
-
-
-def span_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    """The model's own loss of start and end, but over real tokens: there, padding competes with them."""
-    logits = span_logits(model, batch)  # [B, 2, T]
-    if "attention_mask" in batch:
-        logits = logits.masked_fill(batch["attention_mask"].flatten(1)[:, None] == 0, -torch.inf)
-    positions = torch.stack([batch["start_positions"], batch["end_positions"]], dim=1)  # [B, 2]
-    return nn.functional.cross_entropy(logits.flatten(0, 1), positions.flatten())
-
-
-def masked_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    """The model's own masked-LM loss, in a hundredth of the memory."""
-    return masked_tokens(model, batch)[0].mean()
-
-
 @torch.inference_mode()
-def predict(task, model: nn.Module, examples: list[dict], collate: Callable, autocast: Callable,
+def predict(task: Task, model: nn.Module, examples: list[dict], collate: Callable, autocast: Callable,
             tokens: int | None = None) -> list[torch.Tensor]:
     """What `task.forward` gives for each example, in their order, computed in eval mode in batches of similar
     length with at most `tokens` tokens, padding included (by default 32,768 on CUDA, 1,024 on a CPU, where
@@ -520,28 +383,177 @@ def predict(task, model: nn.Module, examples: list[dict], collate: Callable, aut
     return outputs
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Pairs of texts, and single ones
+# ------------------------------------------------------------------------------------------------------------
+
+
+def encode_pairs(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
+    """One text, or two in the order of the columns, and the number of its label."""
+    columns = [[row[column] for row in rows] for column in rows[0] if column != "label"]
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length)
+    return [tensors_of(encoded, i) | {"labels": labels.index(row["label"])} for i, row in enumerate(rows)]
+
+
+def class_logits(model: nn.Module, batch: dict) -> torch.Tensor:
+    return model(**batch).logits  # [B, C]
+
+
+def model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    return model(**batch).loss
+
+
 def accuracy(rows: list[dict], examples: list[dict], outputs: list, language: str, labels: list) -> tuple:
     predicted = [output.argmax().item() for output in outputs]
     right = [label == example["labels"] for label, example in zip(predicted, examples)]
     return {"accuracy": 100 * mean(right)}, [{"label": labels[label]} for label in predicted]
 
 
-def answers(rows: list[dict], examples: list[dict], outputs: list, language: str, labels: list,
-            rules: dict) -> tuple:
-    """The best span over all windows of a question, scored by each of these rules."""
-    best = [(-math.inf, 0, "")] * len(rows)
-    for example, logits in zip(examples, outputs):
-        number = example["row"]
-        found = best_span(rows[number]["context"], example["offsets"], logits)
-        best[number] = max(best[number], found, key=lambda span: span[0])
-    scores = {}
-    for suffix, words in rules.items():
-        pairs = [[word_overlap(words(text, language), words(gold, language))
-                  for gold in row["answers"]["text"]] for (_, _, text), row in zip(best, rows)]
-        scores |= {f"f1{suffix}": 100 * mean(max(f1 for f1, _ in golds) for golds in pairs),
-                   f"em{suffix}": 100 * mean(max(same for _, same in golds) for golds in pairs)}
-    return scores, [{"id": row["id"], "text": text, "answer_start": start}
-                    for (_, start, text), row in zip(best, rows)]
+PAIRS = partial(Task, head=AutoModelForSequenceClassification, encode=encode_pairs, batch=pad,
+                forward=class_logits, loss=model_loss, score=accuracy)
+
+TASKS["xnli"] = PAIRS(
+    columns=("premise", "hypothesis", "label"), values={"label": (0, 1, 2)},
+    languages=("en", "ar", "de", "el", "es", "hi", "ru", "sw", "th", "tr", "vi", "zh"),
+    other_languages=("bg", "fr", "ur"),  # no language adapter for XLM-R
+    hub={"train": "facebook/xnli/en/train", "validation": "facebook/xnli/en/validation",
+         "test": "facebook/xnli/{}/test"},
+    training_set="mnli", fisher_every=100)
+
+TASKS["classify"] = PAIRS(columns=("text", "label"), optional_columns=("text_pair",))  # any data folder
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Choices between two texts
+# ------------------------------------------------------------------------------------------------------------
+
+
+def encode_choices(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
+    """Premise and question with each choice: two sequences an example, one score each."""
+    premises = [f"{row['premise']} What was the {row['question']}?" for row in rows]
+    encoded = [tokenizer(premises, [row[choice] for row in rows], truncation=True, max_length=max_length)
+               for choice in ("choice1", "choice2")]
+    pairs = [[tensors_of(choice, i) for choice in encoded] for i in range(len(rows))]
+    return [{key: [choice[key] for choice in pair] for key in pair[0]}
+            | {"labels": labels.index(row["label"])} for pair, row in zip(pairs, rows)]
+
+
+COPA = "aps/super_glue/copa/"
+
+
+def read_xcopa(language: str) -> dict[str, dict]:
+    """XCOPA's test pairs with the questions of COPA's, row by row the same: its own are wrong in five
+    languages. In English COPA's validation pairs: the hub's copy hides the labels of its test pairs."""
+    if language == "en":
+        return read_hub(COPA + "validation")
+    place = f"cambridgeltl/xcopa/{language}/test"
+    rows, english = read_hub(place), read_hub(COPA + "test")
+    if len(rows) != len(english):
+        raise UserError(f"{place} on the hub has {len(rows)} rows and English COPA {len(english)}: they must "
+                        "be parallel; give a folder with --data instead")
+    return {place: row | {"question": pair.get("question")}
+            for (place, row), pair in zip(rows.items(), english.values())}
+
+
+TASKS["xcopa"] = PAIRS(
+    columns=("premise", "choice1", "choice2", "question", "label"),
+    values={"label": (0, 1), "question": ("cause", "effect")},
+    languages=("en", "et", "ht", "id", "it", "qu", "sw", "ta", "th", "tr", "vi", "zh"),
+    hub={"train": COPA + "train", "validation": COPA + "validation", "test": read_xcopa},
+    head=AutoModelForMultipleChoice, encode=encode_choices,  # scored as pairs are
+    training_set="copa", fisher_every=50)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Spans of a context that answer a question
+# ------------------------------------------------------------------------------------------------------------
+
+
+def read_answers(answers: dict | str) -> dict:
+    """All answers to a question: texts and where they start; in a table as JSON."""
+    try:
+        answers = json.loads(answers) if isinstance(answers, str) else answers
+        pairs = list(zip(answers["text"], answers["answer_start"], strict=True))
+        assert pairs and all(isinstance(text, str) and type(start) is int for text, start in pairs)
+    except (TypeError, KeyError, ValueError, RecursionError, AssertionError):
+        raise ValueError("answers must be {'text': [string, …], 'answer_start': [integer, …]}, with one "
+                         "answer or more") from None
+    return answers
+
+
+def encode_spans(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
+    """Question and context, a long context in windows that overlap by 128 tokens (the stride).
+
+    `offsets` [T, 2] has the characters of the context that a token covers, -1 elsewhere; `row` the question's
+    number. A window without the whole of the first answer has start and end at its first token.
+    """
+    return [window | {"row": number} for number, row in enumerate(rows)
+            for window in windows_of(row, tokenizer, max_length)]
+
+
+def windows_of(row: dict, tokenizer, max_length: int) -> list[dict]:
+    question = row["question"].strip()
+    start = tokenizer(question, add_special_tokens=False, truncation=True, max_length=max_length // 4,
+                      return_offsets_mapping=True)["offset_mapping"]
+    question = question[: start[-1][1] if start else 0]  # leaves room for the context
+    encoded = tokenizer(question, row["context"], truncation="only_second", max_length=max_length,
+                        stride=min(128, max_length // 3), return_overflowing_tokens=True,
+                        return_offsets_mapping=True)
+    inputs = {key: encoded[key] for key in tokenizer.model_input_names if key in encoded}
+    windows, last = [], len(encoded["input_ids"]) - 1
+    for i, places in enumerate(encoded["offset_mapping"]):
+        offsets = torch.tensor(places, dtype=torch.int32)
+        is_context = torch.tensor([sequence == 1 for sequence in encoded.sequence_ids(i)])
+        offsets[~is_context] = -1
+        covered = (offsets[is_context][0, 0].item() if i > 0 else 0,
+                   offsets[is_context][-1, 1].item() if i < last else len(row["context"]))
+        start, end = answer_tokens(offsets, row, covered)
+        windows.append(tensors_of(inputs, i) | {"start_positions": start, "end_positions": end,
+                                                "offsets": offsets})
+    return windows
+
+
+def answer_tokens(offsets: torch.Tensor, row: dict, covered: tuple[int, int]) -> tuple[int, int]:
+    """The first and last token that share a character with the first answer; 0, 0 if it is not all here."""
+    text, start = row["answers"]["text"][0], row["answers"]["answer_start"][0]
+    end = start + len(text)
+    shared = ((offsets[:, 1] > start) & (offsets[:, 0] < end)).nonzero()
+    is_there = row["context"][max(start, 0) : end] == text and covered[0] <= start and end <= covered[1]
+    return (shared[0].item(), shared[-1].item()) if is_there and len(shared) else (0, 0)
+
+
+def unreachable(rows: list[dict], examples: list[dict]) -> tuple[int, int]:
+    """How many first answers are in no window (or not at their answer_start), and how many are in one but
+    begin or end inside a token, so that no span of tokens is exactly the answer."""
+    is_exact = {}  # by row that has its answer in a window
+    for example in examples:
+        number, first, last = example["row"], example["start_positions"], example["end_positions"]
+        if first:
+            _, text = span(rows[number]["context"], example["offsets"], first, last)
+            same = text == rows[number]["answers"]["text"][0].strip()
+            is_exact[number] = is_exact.get(number, False) or same
+    return len(rows) - len(is_exact), len(is_exact) - sum(is_exact.values())
+
+
+def span(context: str, offsets: torch.Tensor, first: int, last: int) -> tuple[int, str]:
+    """The text from one token to another without the white space around it, and where it starts."""
+    start, end = offsets[first, 0].item(), offsets[last, 1].item()
+    text = context[start:end]
+    return start + len(text) - len(text.lstrip()), text.strip()
+
+
+def span_logits(model: nn.Module, batch: dict) -> torch.Tensor:
+    output = model(**batch)
+    return torch.stack([output.start_logits, output.end_logits], dim=1)  # [B, 2, T]
+
+
+def span_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    """The model's own loss of start and end, but over real tokens: there, padding competes with them."""
+    logits = span_logits(model, batch)  # [B, 2, T]
+    if "attention_mask" in batch:
+        logits = logits.masked_fill(batch["attention_mask"].flatten(1)[:, None] == 0, -torch.inf)
+    positions = torch.stack([batch["start_positions"], batch["end_positions"]], dim=1)  # [B, 2]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), positions.flatten())
 
 
 def best_span(context: str, offsets: torch.Tensor, logits: torch.Tensor) -> tuple[float, int, str]:
@@ -555,13 +567,31 @@ def best_span(context: str, offsets: torch.Tensor, logits: torch.Tensor) -> tupl
     i, j = divmod(score.argmax().item(), score.shape[1])
     if score[i, j] == -math.inf:
         return -math.inf, 0, ""
-    return score[i, j].item(), *stripped(context, offsets[start[i], 0].item(), offsets[end[j], 1].item())
+    return score[i, j].item(), *span(context, offsets, start[i], end[j])
 
 
-def squad_words(text: str, language: str) -> list[str]:
-    """An answer's words by SQuAD v1.1's rules, Chinese by character: how the paper scores XQuAD and MLQA."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return characters(text) if language == "zh" else re.sub(r"\b(a|an|the)\b", " ", text).split()
+def answers(rows: list[dict], examples: list[dict], outputs: list, language: str, labels: list,
+            rules: dict) -> tuple:
+    """The best span over all windows of a question, scored by each of these rules."""
+    best = [(-math.inf, 0, "")] * len(rows)
+    for example, logits in zip(examples, outputs):
+        number = example["row"]
+        found = best_span(rows[number]["context"], example["offsets"], logits)
+        best[number] = max(best[number], found, key=lambda guess: guess[0])
+    scores = {}
+    for suffix, words in rules.items():
+        pairs = [[word_overlap(words(text, language), words(gold, language))
+                  for gold in row["answers"]["text"]] for (_, _, text), row in zip(best, rows)]
+        scores |= {f"f1{suffix}": 100 * mean(max(f1 for f1, _ in golds) for golds in pairs),
+                   f"em{suffix}": 100 * mean(max(same for _, same in golds) for golds in pairs)}
+    return scores, [{"id": row["id"], "text": text, "answer_start": start}
+                    for (_, start, text), row in zip(best, rows)]
+
+
+def word_overlap(predicted: list[str], gold: list[str]) -> tuple[float, bool]:
+    """F1 over the two multisets of words, 0 if they share none (two empty answers too), and equality."""
+    shared = sum((Counter(predicted) & Counter(gold)).values())
+    return 2 * shared / (len(predicted) + len(gold)) if shared else 0.0, predicted == gold
 
 
 ARTICLES = {
@@ -573,11 +603,16 @@ ARTICLES = {
 }
 
 
+def squad_words(text: str, language: str) -> list[str]:
+    """An answer's words by SQuAD v1.1's rules, Chinese by character: how the paper scores XQuAD and MLQA."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return characters(text) if language == "zh" else re.sub(ARTICLES["en"], " ", text).split()
+
+
 def mlqa_words(text: str, language: str) -> list[str]:
     """An answer's words by MLQA's own rules: all punctuation goes, then the language's articles."""
     text = "".join(character for character in text.lower() if not is_punctuation(character))
-    if language in ARTICLES:
-        text = re.sub(ARTICLES[language], " ", text)
+    text = re.sub(ARTICLES.get(language, "$^"), " ", text)
     return characters(text) if language == "zh" else text.split()
 
 
@@ -591,10 +626,83 @@ def characters(text: str) -> list[str]:
                    else character for character in text).split()
 
 
-def word_overlap(predicted: list[str], gold: list[str]) -> tuple[float, bool]:
-    """F1 over the two multisets of words, 0 if they share none (two empty answers too), and equality."""
-    shared = sum((Counter(predicted) & Counter(gold)).values())
-    return 2 * shared / (len(predicted) + len(gold)) if shared else 0.0, predicted == gold
+SQUAD = {"train": "rajpurkar/squad/plain_text/train", "validation": "rajpurkar/squad/plain_text/validation"}
+SPANS = partial(
+    Task, columns=("id", "context", "question", "answers"), values={"answers": read_answers},
+    head=AutoModelForQuestionAnswering, encode=encode_spans, batch=pad, forward=span_logits, loss=span_loss,
+    unreachable=unreachable, max_length=384, fisher_every=100, training_set="squad")
+
+TASKS["xquad"] = SPANS(
+    languages=("en", "ar", "de", "el", "es", "hi", "ru", "th", "tr", "vi", "zh"), other_languages=("ro",),
+    hub=SQUAD | {"test": "google/xquad/xquad.{}/validation"},  # the name of its only split
+    score=partial(answers, rules={"": squad_words}))
+
+TASKS["mlqa"] = SPANS(
+    languages=("en", "ar", "de", "es", "hi", "vi", "zh"),
+    hub=SQUAD | {"test": "facebook/mlqa/mlqa.{0}.{0}/test"},
+    score=partial(answers, rules={"": squad_words, "_mlqa": mlqa_words}))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Masked text: a language adapter (MAD-X, section 3)
+# ------------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> dict[str, list[dict]]:
+    """The lines of a text file: one in twenty is held out. If there are fewer, long ones are cut first."""
+    if not path.is_file():
+        raise UserError(f"missing text file {path}: --data takes a plain text file for mlm")
+    text = read_utf8(path)
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) < 20:
+        lines = [piece for line in lines for piece in re.findall(r"\S.{0,999}(?!\S)|\S.{0,999}", line)]
+    rows = [{"text": line} for line in lines]
+    return {"train": [row for i, row in enumerate(rows) if i % 20], "validation": rows[::20]}
+
+
+def encode_text(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
+    """All lines, joined by the separator, in sequences of `max_length` tokens each; the rest is dropped."""
+    if tokenizer.mask_token_id is None:
+        raise UserError("the tokenizer of --model has no mask token: masked-language modelling needs one")
+    tokens, inner = array("i"), max_length - 2  # a sequence begins and ends with a special token
+    for row in rows:
+        tokens.extend(tokenizer(row["text"].strip(), add_special_tokens=False, verbose=False)["input_ids"])
+        tokens.append(tokenizer.sep_token_id)
+    if len(tokens) < inner:
+        raise UserError(f"--data has too little text: {len(rows)} of its lines have {len(tokens)} tokens, a "
+                        f"sequence takes {inner}, and each twentieth line is held out; lower --max-length")
+    return [{"input_ids": torch.tensor([tokenizer.cls_token_id, *tokens[start : start + inner],
+                                        tokenizer.sep_token_id])}
+            for start in range(0, len(tokens) - inner + 1, inner)]
+
+
+def mask_tokens(examples: list[dict], tokenizer) -> dict[str, torch.Tensor]:
+    """One batch of sequences, 15 % of its tokens masked as BERT does it; `labels` has these."""
+    return dict(DataCollatorForLanguageModeling(tokenizer)(examples))
+
+
+def masked_tokens(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss [M] and correctness [M] of every masked token and its row [M]; no logits of any other token."""
+    hidden, masked = model.base_model(batch["input_ids"])[0], batch["labels"] != -100  # [B, T, H]
+    if hasattr(model, "lm_predictions"):  # DeBERTa-v2's new head
+        logits = model.lm_predictions(hidden[masked], model.get_input_embeddings())  # [M, V]
+    else:
+        logits = (model.lm_head if hasattr(model, "lm_head") else model.cls)(hidden[masked])
+    logits, labels = logits.float(), batch["labels"][masked]  # [M, V], [M]
+    loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+    return loss, logits.argmax(-1) == labels, masked.nonzero()[:, 0]
+
+
+def masked_loss(model: nn.Module, batch: dict) -> torch.Tensor:
+    """The model's own masked-LM loss, in a hundredth of the memory."""
+    return masked_tokens(model, batch)[0].mean()
+
+
+def masked_sums(model: nn.Module, batch: dict) -> torch.Tensor:
+    """Of every sequence: the sum of losses, the number of tokens guessed right, and of masked tokens."""
+    loss, right, row = masked_tokens(model, batch)
+    values = torch.stack([loss, right, torch.ones_like(loss)], dim=1)  # [M, 3]
+    return torch.zeros(len(batch["labels"]), 3, device=loss.device).index_add(0, row, values)  # [B, 3]
 
 
 def masked_scores(rows: list[dict], examples: list[dict], outputs: list, language: str,
@@ -604,70 +712,15 @@ def masked_scores(rows: list[dict], examples: list[dict], outputs: list, languag
     return {"accuracy": 100 * right / masked, "loss": loss / masked}, []
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The tasks
-# ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Task:
-    columns: tuple[str, ...]
-    languages: tuple[str, ...] | None  # those the paper tests, English first; None: every test file there is
-    head: type
-    encode: Callable  # (rows, tokenizer, max_length, labels) -> examples
-    forward: Callable  # (model, batch) -> outputs [B, …]
-    score: Callable  # (rows, examples, outputs, language, labels) -> ({metric: percent}, predictions)
-    loss: Callable = model_loss  # (model, batch) -> loss to minimise
-    batch: Callable = pad  # (examples, tokenizer) -> batch
-    max_length: int = 128
-    hub: dict = field(default_factory=dict)  # by split: owner/name/config/split, {} stands for the language
-    training_set: str | None = None  # the paper's name of it, a key of PRESETS
-    values: dict = field(default_factory=dict)  # by column: what it may hold; labels otherwise from training
-    other_languages: tuple[str, ...] = ()  # on the hub, but not tested in the paper
-    optional_columns: tuple[str, ...] = ()  # used where the training file has them
-
-
-SQUAD = {"train": "rajpurkar/squad/plain_text/train", "validation": "rajpurkar/squad/plain_text/validation"}
-COPA = {"train": "aps/super_glue/copa/train", "validation": "aps/super_glue/copa/validation"}
-
-QUESTIONS = partial(
-    Task, ("id", "context", "question", "answers"), training_set="squad", max_length=384,
-    head=AutoModelForQuestionAnswering, encode=encode_spans, forward=span_logits, loss=span_loss)
-
-TASKS = {
-    "xnli": Task(
-        ("premise", "hypothesis", "label"), values={"label": (0, 1, 2)}, training_set="mnli",
-        languages=("en", "ar", "de", "el", "es", "hi", "ru", "sw", "th", "tr", "vi", "zh"),
-        other_languages=("bg", "fr", "ur"),  # no language adapter for XLM-R
-        hub={"train": "facebook/xnli/en/train", "validation": "facebook/xnli/en/validation",
-             "test": "facebook/xnli/{}/test"},
-        head=AutoModelForSequenceClassification, encode=encode_pairs, forward=class_logits, score=accuracy),
-    "xquad": QUESTIONS(
-        languages=("en", "ar", "de", "el", "es", "hi", "ru", "th", "tr", "vi", "zh"), other_languages=("ro",),
-        hub=SQUAD | {"test": "google/xquad/xquad.{}/validation"},  # the name of its only split
-        score=partial(answers, rules={"": squad_words})),
-    "mlqa": QUESTIONS(
-        languages=("en", "ar", "de", "es", "hi", "vi", "zh"),
-        hub=SQUAD | {"test": "facebook/mlqa/mlqa.{0}.{0}/test"},
-        score=partial(answers, rules={"": squad_words, "_mlqa": mlqa_words})),
-    "xcopa": Task(
-        ("premise", "choice1", "choice2", "question", "label"), training_set="copa",
-        values={"label": (0, 1), "question": ("cause", "effect")},
-        languages=("en", "et", "ht", "id", "it", "qu", "sw", "ta", "th", "tr", "vi", "zh"),
-        hub=COPA | {"test": "cambridgeltl/xcopa/{}/test"},
-        head=AutoModelForMultipleChoice, encode=encode_choices, forward=class_logits, score=accuracy),
-    "classify": Task(  # any classification task on one text or a pair
-        ("text", "label"), languages=None, optional_columns=("text_pair",),
-        head=AutoModelForSequenceClassification, encode=encode_pairs, forward=class_logits, score=accuracy),
-    "mlm": Task(  # a language adapter (MAD-X, section 3)
-        ("text",), languages=(), max_length=512,
-        head=AutoModelForMaskedLM, encode=encode_text, batch=mask_tokens,
-        forward=masked_sums, score=masked_scores, loss=masked_loss),
-}
+TASKS["mlm"] = Task(
+    columns=("text",), languages=(), trains_language=True,
+    head=AutoModelForMaskedLM, encode=encode_text, batch=mask_tokens,
+    forward=masked_sums, loss=masked_loss, score=masked_scores,
+    max_length=512, preset=((100, 100), (1e-4, 1e-4), 64, "linear", (1, 1, 1)))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The paper's presets and results
+# The paper's presets
 # ------------------------------------------------------------------------------------------------------------
 
 # Epochs and learning rate (standard, scheduled), batch size, decay, k (LPFT, GU, FUN); others take GU's k.
@@ -685,8 +738,6 @@ PRESETS = {
     ("copa", "xlm-roberta", "lora"): ((500, 5000), (1e-4, 1e-4), 64, "constant", (100, 100, 200)),
     ("mnli", "bert", "lora"): ((15, 15), (5e-4, 5e-4), 128, "linear", (50, 50, 50)),
     ("mnli", "xlm-roberta", "lora"): ((15, 15), (5e-4, 5e-4), 128, "linear", (800, 800, 800)),
-    ("classify", "xlm-roberta", "pfeiffer"): ((3, 3), (8e-4, 8e-4), 32, "linear", None),  # not the paper's
-    ("mlm", "xlm-roberta", "pfeiffer"): ((100, 100), (1e-4, 1e-4), 64, "linear", (1, 1, 1)),
 }
 LOW_DATA = {  # Table 4, for up to 1,000, 5,000 and 10,000 training examples: epochs, learning rate, k
     ("squad", "bert"): (20, 5e-4, (10, 50, 50)),
@@ -699,20 +750,21 @@ UNSCHEDULED = ("standard", "none", "full")  # all is open from the start, or nev
 
 
 def preset(task: str, model_type: str, adapter: str, method: str, train_examples: int) -> tuple:
-    """Epochs, learning rate, batch size, decay and k (None: by the number of steps) of the paper's tables.
+    """Epochs, learning rate, batch size, decay and k (None: by the number of steps): those of the paper's
+    tables for its tasks, the task's own for others.
 
     Low data has the same preset for both kinds of adapter. Models that are not BERT take XLM-R's preset.
     """
-    training_set = TASKS[task].training_set or task
+    training_set = TASKS[task].training_set
     model_type = "bert" if model_type == "bert" else "xlm-roberta"
-    keys = ((training_set, model_type, adapter), (training_set, "xlm-roberta", "pfeiffer"))
-    row = next(PRESETS[key] for key in keys if key in PRESETS)
-    scheduled = method not in UNSCHEDULED
-    epochs, lr, batch_size, decay, k = row[0][scheduled], row[1][scheduled], *row[2:]
-    k = k and k[{"lpft": 0, "fun": 2}.get(method, 1)]
+    row = PRESETS.get((training_set, model_type, adapter), TASKS[task].preset)
+    by_schedule, lr_by_schedule, batch_size, decay, ks = row
+    is_scheduled = method not in UNSCHEDULED
+    epochs, lr = by_schedule[is_scheduled], lr_by_schedule[is_scheduled]
+    k = ks and ks[{"lpft": 0, "fun": 2}.get(method, 1)]
     if (training_set, model_type) in LOW_DATA and train_examples <= 10_000:
-        epochs, lr, by_size = LOW_DATA[training_set, model_type]
-        k = by_size[(train_examples > 1_000) + (train_examples > 5_000)]
+        epochs, lr, ks = LOW_DATA[training_set, model_type]
+        k = ks[(train_examples > 1_000) + (train_examples > 5_000)]
     return epochs, FULL_LR if method == "full" else lr, batch_size, decay, k
 
 
@@ -721,17 +773,16 @@ def resolve(settings, model_type: str, layers: int, train_examples: int, sequenc
 
     Where there is no k, opening all blocks takes a fifth of the steps (kL/N = 0.2).
     """
+    task = TASKS[settings.task]
     epochs, lr, batch_size, decay, k = preset(
         settings.task, model_type, settings.adapter, settings.method, train_examples)
     batch_size = settings.batch_size or batch_size
     epochs = None if settings.steps is not None else settings.epochs or epochs
     steps = epochs * math.ceil(sequences / batch_size) if settings.steps is None else settings.steps
-    fisher_every = {"classify": 0, "mlm": 0, "xcopa": 50}.get(settings.task, 100)  # a point of its curves
-    eval_every = 500 if settings.data is None else 0
-    return dataclasses.replace(
-        settings, epochs=epochs, steps=steps, batch_size=batch_size, lr=settings.lr or lr,
-        decay=settings.decay or decay, k=settings.k or k or max(1, round(0.2 * steps / max(1, layers))),
-        max_length=settings.max_length or TASKS[settings.task].max_length,
-        fisher_batches=settings.fisher_batches or (41 if settings.fisher_labels == "official" else 4),
-        eval_every=eval_every if settings.eval_every is None else settings.eval_every,
-        fisher_every=fisher_every if settings.fisher_every is None else settings.fisher_every)
+    presets = {
+        "epochs": epochs, "steps": steps, "batch_size": batch_size, "lr": lr, "decay": decay,
+        "k": k or max(1, round(0.2 * steps / max(1, layers))), "max_length": task.max_length,
+        "fisher_batches": 41 if settings.fisher_labels == "official" else 4,
+        "fisher_every": task.fisher_every, "eval_every": 500 if settings.data is None else 0}
+    open_ones = {name: value for name, value in presets.items() if getattr(settings, name) is None}
+    return dataclasses.replace(settings, **open_ones)

@@ -59,7 +59,7 @@ from extras.graphs import TOKENS, Graphed, widened
 from extras.packing import PACKED, allow_packing, batch_on
 from fisher import LABELS, fisher_trace
 from tasks import (HF_HUB_OFFLINE, TASKS, WITHOUT_HUB, UserError, load_data, predict, reach_hub, resolve, sampled,
-                   tokens_of, unreachable)
+                   tokens_of)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def check(settings: Settings) -> None:
         raise UserError("--method order and --order 11,10,… go together: give both or neither")
     if settings.data is None and not TASKS[settings.task].hub:
         raise UserError(f"--data is missing: {settings.task} has no data of its own on the hub")
-    if settings.task != "mlm":
+    if not TASKS[settings.task].trains_language:
         if settings.language is not None:
             raise UserError("--language is for mlm: --languages names those that a task is tested in")
     elif not re.fullmatch(r"[\w-]+", settings.language or ""):
@@ -297,7 +297,7 @@ def train(settings: Settings) -> None:
     if model.config.model_type in PACKED:
         allow_packing(model)
     torch.set_float32_matmul_precision("highest")  # TF32's rounding would look as if padding counted
-    if settings.task != "mlm":
+    if not task.trains_language:  # its sequences are of one length
         check_padding(task, model, examples, collate)
     torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
 
@@ -365,7 +365,7 @@ def train(settings: Settings) -> None:
         while line:  # unbuffered: a full disk may take a part of it
             line = line[log_file.write(line) :]
 
-    is_measured = bool(blocks) and settings.task != "mlm"
+    is_measured = bool(blocks) and not task.trains_language
     per_epoch = math.ceil(len(examples) / settings.batch_size)
     stride = settings.eval_every or per_epoch * math.ceil(50 / per_epoch)  # an epoch of COPA has 7 steps
     asked_to_stop: list[int] = []  # the signals: the step under way is finished first, unless two arrive
@@ -414,7 +414,7 @@ def train(settings: Settings) -> None:
             log("train", step, loss=value, lr=learning_rate(settings, step))
             progress.set_postfix_str(f"loss {value:.3f}, open {len(unfreezer.trainable)}/{len(blocks)}")
         if is_saved:
-            if settings.task == "mlm":
+            if task.trains_language:
                 save_weights(out, settings, model, tokenizer)  # usable from now on
             seconds = state["seconds"] + time.time() - started
             save_checkpoint(out, identity, learned, optimizer, unfreezer,
@@ -595,7 +595,7 @@ def add_blocks(settings, model: nn.Module) -> list[nn.Module]:
     """What trains beside the head, bottom to top; with --method full there are no blocks, and all trains."""
     if settings.method == "full":
         return []
-    if settings.task != "mlm":
+    if not TASKS[settings.task].trains_language:
         return add_lora(model) if settings.adapter == "lora" else add_task_adapters(model)
     blocks = add_language_adapter(model, settings.language)
     set_language(model, settings.language)
@@ -646,7 +646,7 @@ def save_weights(out: Path, settings, model: nn.Module, tokenizer) -> None:
             raise OSError(None, str(error).splitlines()[0], temporary) from None
         shutil.rmtree(out / "model", ignore_errors=True)
         temporary.rename(out / "model")
-    elif settings.task == "mlm":
+    elif TASKS[settings.task].trains_language:
         save_adapter(model, settings.language, out)  # the folder is the adapter
         save_head(model, out)
     else:
@@ -765,10 +765,11 @@ def run_folder(settings: Settings) -> Path:
     kind += f"-{settings.train_examples}" if settings.train_examples else ""
     kind += f"-{settings.fisher_labels}" if settings.fisher_labels != "sampled" else ""
     kind += f"-{settings.first}" if settings.first else ""
-    run = f"/{settings.language}" if settings.task == "mlm" else f"{kind}-{settings.method}-{settings.seed}"
+    task = TASKS[settings.task]
+    run = f"/{settings.language}" if task.trains_language else f"{kind}-{settings.method}-{settings.seed}"
     model, data = Path(settings.model), Path(settings.data or "")
     name = f"{settings.task}-{model.name}"
-    if settings.task != "mlm" and not TASKS[settings.task].hub:
+    if not task.trains_language and not task.hub:
         is_demo = model.parts[-2:] == ("demo", "model") and data.parts[-2:] == ("demo", "data")
         name = "demo" if is_demo else f"{name}-{data.resolve().name}"
     out = Path(settings.out or f"runs/{name}{run}")
@@ -808,7 +809,7 @@ def introduce(settings: Settings, splits: dict, encoded: dict, blocks: int, lang
             f"; none for {' '.join(lacking)}, tested with the English one" if lacking else ""))
     elif languages and settings.language_adapters != "none" and settings.method != "full":
         print(f"no language adapters for {settings.model}; --language-adapters FOLDER adds them")
-    if "offsets" in encoded["train"][0]:
+    if unreachable := TASKS[settings.task].unreachable:
         counts = {name: unreachable(rows, encoded[name]) for name, rows in splits.items()}
         print("answers in no window + answers that begin or end inside a token, of all: " + ", ".join(
             f"{name} {lost} + {inexact} of {len(splits[name])}" for name, (lost, inexact) in counts.items()))
@@ -888,7 +889,7 @@ def parse(arguments: list[str]) -> Settings:
     parser.add_argument("--bf16", action="store_const", const="bf16", dest="precision",
                         help="short for --precision bf16")
     given = vars(parser.parse_args(arguments))
-    given["method"] = given["method"] or ("standard" if given["task"] == "mlm" else "gu")
+    given["method"] = given["method"] or ("standard" if TASKS[given["task"]].trains_language else "gu")
     if given["method"] == "full":  # it has none of either
         given |= {"adapter": "pfeiffer", "language_adapters": "none"}
     if given["method"] in ("standard", "gu", "lpft", "none", "full"):  # the same in either form
