@@ -1425,7 +1425,7 @@ def test_plots_show_curves_orders_and_scores(assets, tmp_path, capsys):
         assert "log.jsonl is damaged" in capsys.readouterr().err and target.read_bytes() == picture
 
 
-# ---- one run, stopped and whole ----------------------------------------------------------------------------
+# ---- runs that survive: bad input, kills, signals, full disks ----------------------------------------------
 
 
 @pytest.mark.parametrize("options", [
