@@ -38,7 +38,8 @@ from extras import packing, report
 from extras.conftest import assets, languages  # fixtures
 from extras.conftest import (HERE, HIDDEN, LAYERS, batch, collator, command, contents, cut_off, events_of,
                              flat, madx_model, no_autocast, outcome, randomise, results_of, script,
-                             task_command, task_rows, tiny_model, with_adapter, write_task)
+                             task_command, task_rows, through, tiny_model, validations_of, with_adapter,
+                             write_task)
 from fisher import fisher_diagonal, fisher_trace
 from unfreeze import Unfreezer
 
@@ -312,9 +313,6 @@ def test_the_stack_equals_the_written_out_equations():
     model(**batch())
     e1, e2 = seen["plain"].chunk(2, dim=-1)
     block = base.invertible_adapters["en"]
-
-    def through(net, value):
-        return linear(linear(value, net[0].weight, net[0].bias).clamp(min=0), net[2].weight, net[2].bias)
 
     y1 = e1 + through(block.F, e2)
     torch.testing.assert_close(seen["embedding"], torch.cat([y1, e2 + through(block.G, y1)], -1))
@@ -1500,8 +1498,7 @@ def test_the_task_is_learnt_and_the_best_validation_weights_are_the_ones_kept(as
     assert unfreeze.main(command(assets, tmp_path / "run", "--steps", "150", "--k", "1")) == 0
     results = results_of(tmp_path / "run")
     assert results["scores"]["en"]["accuracy"] == 100
-    validation = {event["step"]: event["accuracy"] for event in events_of(tmp_path / "run", "eval")
-                  if event["split"] == "validation"}
+    validation = validations_of(tmp_path / "run")
     assert len(validation) == 4  # at 0, 54, 108 and the end
     assert validation[results["kept_step"]] == results["validation"]["accuracy"] == max(validation.values())
 

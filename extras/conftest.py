@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.functional import linear
 
 import adapters
 import tasks
@@ -78,6 +79,11 @@ def madx_model(head: str = "SequenceClassification", **settings) -> nn.Module:
         randomise(add_task_adapters(model, reduction_factor=4), 2)
     set_language(model, "en")
     return model
+
+
+def through(net: nn.Module, value: torch.Tensor) -> torch.Tensor:
+    """A bottleneck without its residual, written out: net holds a projection, ReLU, and another projection."""
+    return linear(linear(value, net[0].weight, net[0].bias).clamp(min=0), net[2].weight, net[2].bias)
 
 
 def rewrite(folder: Path, config: dict | str | None = None, keys=lambda key: key, **facts) -> None:
@@ -282,6 +288,12 @@ def events_of(out: Path, kind: str) -> list[dict]:
     """The lines of a run's log that are of this kind: train, open, fisher or eval."""
     events = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     return [event for event in events if event["event"] == kind]
+
+
+def validations_of(out: Path) -> dict[int, float]:
+    """Accuracy in validation by step."""
+    return {event["step"]: event["accuracy"] for event in events_of(out, "eval")
+            if event["split"] == "validation"}
 
 
 def contents(folder: Path) -> dict:

@@ -16,14 +16,13 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.functional import linear
 
 import adapters
 from adapters import (adapter_blocks, add_language_adapter, add_lora, add_task_adapters, load_adapter,
                       merge_lora, remove_adapters, save_adapter, set_language)
 from extras.conftest import (ADAPTERHUB, HERE, LAYERS, Bomb, batch, contents, cut, flat, inflate,
-                             madx_model, needs_adapterhub, randomise, rewrite, run_alone, tiny_model,
-                             with_adapter)
+                             madx_model, needs_adapterhub, randomise, rewrite, run_alone, through,
+                             tiny_model, with_adapter)
 from unfreeze import Unfreezer
 
 
@@ -369,9 +368,6 @@ def test_a_task_adapters_own_invertible_block_is_in_play_without_a_language_belo
     plain = with_adapter(tiny_model(), adapters.SEQ_BN).eval()  # the same layers, as a comparison shows
     assert all(map(torch.equal, flat(adapter_blocks(plain, "task")), flat(adapter_blocks(model, "task"))))
     randomise(add_language_adapter(plain, "en"), 5)
-
-    def through(net, value):
-        return linear(linear(value, net[0].weight, net[0].bias).clamp(min=0), net[2].weight, net[2].bias)
 
     def couple(module, _, embedding):
         e1, e2 = embedding.chunk(2, dim=-1)

@@ -26,7 +26,8 @@ import tasks
 import unfreeze
 from adapters import load_adapter
 from extras.conftest import (HERE, command, contents, cut_off, events_of, make_assets, mlm, one_error,
-                             outcome, results_of, script, start, task_command, tiny_model, write_task)
+                             outcome, results_of, script, start, task_command, tiny_model, validations_of,
+                             write_task)
 
 
 # ---- stopped and killed runs -------------------------------------------------------------------------------
@@ -300,8 +301,7 @@ def test_validation_comes_as_often_as_asked_for_and_selects(every, steps, assets
     data = write_task(tmp_path / "data", "xnli")  # 3 steps an epoch
     options = ["--steps", steps[-1], "--eval-every", every]
     assert unfreeze.main(task_command("xnli", assets, data, tmp_path / "run", *options)) == 0
-    found = {event["step"]: event["accuracy"] for event in events_of(tmp_path / "run", "eval")
-             if event["split"] == "validation"}
+    found = validations_of(tmp_path / "run")
     assert list(found) == steps
     results = results_of(tmp_path / "run")
     assert found[results["kept_step"]] == results["validation"]["accuracy"] == max(found.values())
