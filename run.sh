@@ -48,7 +48,7 @@ fi
 case $task in
     help | -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" ;;
     results) set_up && results ;;
-    test) set_up && cd "$here" && python -m pytest test_core.py extras ${method:+"$method"} "$@" ;;
+    test) set_up && cd "$here" && python -m pytest test_core.py ${method:+"$method"} "$@" ;;
     demo)
         set_up
         cd "$here"

@@ -53,6 +53,7 @@ def linears(count: int = 3) -> list[nn.Module]:
 
 
 def history(method: str, steps: int = 9, **settings) -> list:
+    """What is opened when, as (step, block), of three blocks with k = 2."""
     unfreezer = Unfreezer(linears(), method, k=2, **settings)
     opened = [(step, unfreezer.step(step)) for step in range(steps)]
     assert unfreezer.history == [(step, block) for step, blocks in opened for block in blocks]
