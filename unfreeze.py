@@ -54,7 +54,7 @@ from adapters import (add_language_adapter, add_lora, add_task_adapters, save_ad
 from extras.graphs import TOKENS, Graphed, widened
 from extras.packing import PACKED, allow_packing, batch_on
 from extras.run import (DATA, Run, copied, describe, fingerprint, identity_of, introduce, is_out_of_memory,
-                        put, report_trace, restore, run_folder, save, write_lines)
+                        put, report_trace, restore, run_folder, save, say, write_lines)
 from fisher import LABELS, fisher_trace
 from tasks import (HF_HUB_OFFLINE, TASKS, WITHOUT_HUB, UserError, load_data, predict, reach_hub, resolve,
                    sampled, tokens_of)
@@ -198,8 +198,7 @@ class Settings:
     """The command line. None stands for the paper's preset, filled in by `tasks.resolve`."""
 
     task: str
-    method: str = option(None, "which blocks open when (default: gu); several in quotes: a run of each",
-                         choices=[*SELECT, "full"])
+    method: str = option(None, "which blocks open when (default: gu); several in quotes: a run of each")
     order: str | None = option(None, "for --method order: all blocks, first opened first", metavar="11,10,…")
     first: str | None = option(None, "the official code's form of rand, fun, rev and order: the top block "
                                "opens at step 0", choices=["top"])
@@ -306,15 +305,16 @@ def train(settings: Settings) -> None:
     losses.read = state.pop("losses")
     evaluate = partial(evaluate_split, task, model, labels, collate, autocast)
     stride = steps_between_validations(settings, len(examples))
-    asked_to_stop: list[int] = []  # the signals that arrived during a step
+    asked_to_stop = note_stop_signals()  # the step under way is finished first
 
     progress = tqdm(range(state["step"], settings.steps + 1), initial=state["step"], total=settings.steps,
-                    desc=settings.method, mininterval=1, dynamic_ncols=True)
+                    desc=settings.method, mininterval=1, dynamic_ncols=True, disable=None)  # off a terminal
     for step in progress:  # look, then train; after the last step only look
         is_end = step == settings.steps
         traces.begin(step)
         if step % stride == 0 or is_end:
-            scores, _ = evaluate(splits["validation"], encoded["validation"], settings.language or "en")
+            with stopping_at_once():  # all is in the checkpoint
+                scores, _ = evaluate(splits["validation"], encoded["validation"], settings.language or "en")
             run.log("eval", step, split="validation", language=settings.language or "en", **scores)
             keep_best(state, scores, step, learned)
         opened = [] if is_end else unfreezer.step(step)  # Algorithm 1: add the blocks SELECT() names to S
@@ -325,37 +325,37 @@ def train(settings: Settings) -> None:
         if is_end:
             break
 
-        with finishing_the_step(asked_to_stop):
-            model.train()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, step)
-            loss = forward_and_backward([examples[i] for i in batch_of(settings, step, len(examples))])
-            norm = nn.utils.clip_grad_norm_(learned.values(), 1.0)
-            optimizer.step()  # a frozen block has grad=None and is left alone
-            optimizer.zero_grad()
-            losses.add(loss, norm)
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        loss = forward_and_backward([examples[i] for i in batch_of(settings, step, len(examples))])
+        norm = nn.utils.clip_grad_norm_(learned.values(), 1.0)
+        optimizer.step()  # a frozen block has grad=None and is left alone
+        optimizer.zero_grad()
+        losses.add(loss, norm)
 
-            done, is_stopping = step + 1, bool(asked_to_stop)
-            is_saved = is_stopping or 0 in (done % settings.save_every, done % stride, settings.steps - done)
-            if is_saved or done % 10 == 0:
-                losses.look(done)
-            if done % 10 == 0 or done == settings.steps:
-                loss = losses.take_mean()
-                run.log("train", step, loss=loss, lr=learning_rate(settings, step))
-                progress.set_postfix_str(f"loss {loss:.3f}, open {len(unfreezer.trainable)}/{len(blocks)}")
-            if is_saved:
-                if task.trains_language:
-                    save_weights(out, settings, model, tokenizer)  # usable from now on
-                seconds = state["seconds"] + time.time() - started
-                save(run, learned, optimizer, unfreezer,
-                     state | {"step": done, "seconds": seconds, "losses": losses.read})
-            if is_stopping:
-                raise KeyboardInterrupt(128 + asked_to_stop[0])
+        done, is_stopping = step + 1, bool(asked_to_stop)
+        is_saved = is_stopping or 0 in (done % settings.save_every, done % stride, settings.steps - done)
+        if is_saved or done % 10 == 0:
+            losses.look(done)
+        if done % 10 == 0 or done == settings.steps:
+            loss = losses.take_mean()
+            run.log("train", step, loss=loss, lr=learning_rate(settings, step))
+            say(progress, f"loss {loss:.3f}, open {len(unfreezer.trainable)}/{len(blocks)}", done)
+        if is_saved:
+            if task.trains_language:
+                save_weights(out, settings, model, tokenizer)  # usable from now on
+            seconds = state["seconds"] + time.time() - started
+            save(run, learned, optimizer, unfreezer,
+                 state | {"step": done, "seconds": seconds, "losses": losses.read})
+        if is_stopping:
+            raise KeyboardInterrupt(128 + asked_to_stop[0])
 
+    on_stop_signals(stop_now)
     if state["best"] is not None:
         put(state["best"], learned)
     scores = {}
-    for language in tqdm(languages, desc="testing"):
+    for language in tqdm(languages, desc="testing", disable=None):
         if blocks:
             set_language(model, languages[language])  # zero-shot: the task adapter stays
         scores[language], predictions = evaluate(splits[language], encoded[language], language)
@@ -759,7 +759,9 @@ def parse(arguments: list[str]) -> Settings:
     parser.error = refuse
     parser.add_argument("task", choices=list(TASKS), help="or `report FOLDER…`: tables over finished runs")
     for entry in dataclasses.fields(Settings)[1:]:
-        parser.add_argument("--" + entry.name.replace("_", "-"), default=entry.default, **entry.metadata)
+        choices = {"choices": [*SELECT, "full"]} if entry.name == "method" else {}  # new ones of a user, too
+        parser.add_argument("--" + entry.name.replace("_", "-"), default=entry.default,
+                            **entry.metadata, **choices)
     parser.add_argument("--bf16", action="store_const", const="bf16", dest="precision",
                         help="short for --precision bf16")
     given = vars(parser.parse_args(arguments))
@@ -805,17 +807,24 @@ def keep_freed_memory() -> None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-@contextlib.contextmanager
-def finishing_the_step(asked: list[int]):
-    """Within it a stop signal is noted, and the next one stops at once; outside, all is in a checkpoint."""
+def note_stop_signals() -> list[int]:
+    """From now on a stop signal is noted in the list returned; a second one stops at once."""
+    asked: list[int] = []
 
     def note(number: int, _) -> None:
         asked.append(number)
         on_stop_signals(stop_now)
 
     on_stop_signals(note)
-    yield
+    return asked
+
+
+@contextlib.contextmanager
+def stopping_at_once():
+    before = signal.getsignal(signal.SIGTERM)
     on_stop_signals(stop_now)
+    yield
+    on_stop_signals(before)
 
 
 def on_stop_signals(act: Callable) -> None:

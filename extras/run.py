@@ -257,6 +257,13 @@ def conclude(out: Path, results: dict) -> None:
     print(f"{out}: {metric}: {line}; {results['wall_seconds']:.0f} s")
 
 
+def say(progress: tqdm, text: str, done: int) -> None:
+    """Beside the bar or, off a terminal, where there is none, in a line every hundred steps."""
+    progress.set_postfix_str(text)
+    if progress.disable and done % 100 == 0:
+        print(f"step {done} of {progress.total}: {text}", flush=True)
+
+
 def report_trace(run: Run, step: int, trace: list[float], trainable: list[int], averages: list[float]) -> None:
     """Log and print tr(F): a number per block, bottom to top, and its mean over the open blocks, the paper's
     curve. The log has the moving average over ten measurements too."""
