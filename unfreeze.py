@@ -56,9 +56,9 @@ from transformers import (AutoConfig, AutoModelForMaskedLM, AutoModelForQuestion
 from adapters import (add_language_adapter, add_lora, add_task_adapters, load_tensors, save_adapter, save_head,
                       save_tensors, set_language, write_atomically)
 from extras.packing import PACKED, allow_packing, batch_on
+from extras.rows import HF_HUB_OFFLINE, WITHOUT_HUB, UserError, reach_hub
 from fisher import LABELS, fisher_trace
-from tasks import (HF_HUB_OFFLINE, TASKS, WITHOUT_HUB, UserError, load_data, predict, reach_hub, resolve, sampled,
-                   tokens_of)
+from tasks import TASKS, load_data, predict, resolve, sampled, tokens_of
 
 
 # ------------------------------------------------------------------------------------------------------------
