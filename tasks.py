@@ -8,14 +8,14 @@ Liu et al., NAACL 2024: Tables 3, 4 and 15 (presets) and the rules of scoring.
     scores, predictions = task.score(splits["de"], examples, outputs, "de", labels)
 
 First what all tasks share: rows, batches, outputs. Then each kind with all that is its own (pairs, choices,
-spans, masked text), then the presets. A further task is one more entry of TASKS, of one of these kinds or
-with functions of its own. Scores are in percent; a place in a text counts its characters.
+spans, masked text), then the presets. A further task is one more entry of TASKS and nothing else:
+
+    TASKS["intent"] = dataclasses.replace(TASKS["classify"], columns=("utterance", "label"))
+
+Scores are in percent; a place in a text counts its characters.
 """
 
-import contextlib
-import csv
 import dataclasses
-import io
 import json
 import math
 import re
@@ -24,7 +24,6 @@ import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -32,28 +31,13 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from huggingface_hub import constants
-from huggingface_hub.constants import HF_HUB_OFFLINE  # as the user set it
-from huggingface_hub.utils import get_session
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoModelForMaskedLM, AutoModelForMultipleChoice, AutoModelForQuestionAnswering,
                           AutoModelForSequenceClassification, DataCollatorForLanguageModeling)
 
-
-class UserError(Exception):
-    """A mistake the user can mend: printed as one line, exit status 2."""
-
-
-@contextlib.contextmanager
-def blame(what: str, remedy: str):
-    """Whatever goes wrong inside becomes one line for the user: what (kind of error): remedy."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        raise UserError(f"{what} ({type(error).__name__}): {remedy}") from None
+from extras.rows import (UserError, check_rows, labels_of, languages_in, read_file, read_hub, read_utf8,
+                         sample)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +45,14 @@ class Task:
     """An example is a dictionary of one sequence's tensors, unpadded; a batch the keywords of the model."""
 
     # its data
-    columns: tuple[str, ...]  # of every row; what is predicted is called "label", or checked by `values`
+    columns: tuple[str, ...]  # of every row: strings, and "label", a string or an integer, to be predicted
     optional_columns: tuple[str, ...] = ()  # used where the training file has them
-    values: dict = field(default_factory=dict)  # by column: what it may hold, or a function that reads it
+    values: dict = field(default_factory=dict)  # by column: what it may hold, or a function that reads it;
+    #                                             labels are otherwise those of the training file
     languages: tuple[str, ...] | None = None  # those the paper tests, English first; None: every test file
     other_languages: tuple[str, ...] = ()  # on the hub, but not tested in the paper
     hub: dict = field(default_factory=dict)  # by split: owner/name/config/split, or language -> rows
-    trains_language: bool = False  # a language adapter on a text file, with no task, test languages or tr(F)
+    trains_language: bool = False  # a language adapter, on a text file: no test languages, no tr(F)
     # its kind
     head: type
     encode: Callable  # (rows, tokenizer, max_length, labels) -> examples
@@ -87,23 +72,8 @@ TASKS: dict[str, Task] = {}  # by name; each kind adds its own below
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Rows, from a folder or from the hub
+# Rows by split
 # ------------------------------------------------------------------------------------------------------------
-
-
-def reach_hub(settings) -> None:
-    """Use the hub's cache alone if the hub does not answer: its client would retry for minutes."""
-    constants.HF_HUB_OFFLINE = HF_HUB_OFFLINE
-    if HF_HUB_OFFLINE or settings.data is not None and Path(settings.model).is_dir():
-        return
-    seconds = get_session().timeout = constants.HF_HUB_ETAG_TIMEOUT  # some calls of it have no limit
-    try:  # in a thread: a search for the hub's address knows no limit of time
-        answer = ThreadPoolExecutor(1).submit(get_session().head, constants.ENDPOINT, timeout=seconds)
-        constants.HF_HUB_OFFLINE = answer.result(1.2 * seconds).status_code >= 500
-    except Exception:  # the client raises its HTTP library's errors
-        constants.HF_HUB_OFFLINE = True
-    if constants.HF_HUB_OFFLINE:
-        print(f"note: {constants.ENDPOINT} does not answer; what it gave before is read from the local cache")
 
 
 def load_data(settings) -> tuple[dict[str, list[dict]], list]:
@@ -117,22 +87,12 @@ def load_data(settings) -> tuple[dict[str, list[dict]], list]:
     absent, values = {*task.optional_columns} - used, dict(task.values)
     splits = {"train": check_rows(train, columns, absent, values)}
     if "label" in columns:
-        values.setdefault("label", labels_of(splits["train"], place=next(iter(train))))
+        found = labels_of(splits["train"], place=next(iter(train)))
+        values.setdefault("label", found)
     splits["validation"] = check_rows(read_split(settings, "validation", "en"), columns, absent, values)
     for language in languages:
         splits[language] = check_rows(read_split(settings, "test", language), columns, absent, values)
     return splits, list(values.get("label", []))
-
-
-def labels_of(rows: list[dict], place: str) -> list:
-    """The labels that occur: integers by value, then strings by alphabet."""
-    labels = sorted({row["label"] for row in rows}, key=lambda label: (isinstance(label, str), label))
-    if len(labels) < 2:
-        raise UserError(f"{place} and all other rows have one label, {labels[0]!r}: add others")
-    folded = [" ".join(str(label).casefold().split()) for label in labels]
-    if twins := [label for label, key in zip(labels, folded) if folded.count(key) > 1]:
-        print(f"note: labels that differ in type, case or white space alone count as different ones: {twins}")
-    return labels
 
 
 def sampled(rows: dict[str, list[dict]], settings) -> dict[str, list[dict]]:
@@ -140,25 +100,6 @@ def sampled(rows: dict[str, list[dict]], settings) -> dict[str, list[dict]]:
     splits = {name: sample(of_split, settings.test_examples, seed=0) for name, of_split in rows.items()}
     train = sample(rows["train"], settings.train_examples, settings.seed, stratified=True)
     return splits | {"train": train, "validation": rows["validation"]}
-
-
-def sample(rows: list[dict], count: int | None, seed: int, stratified: bool = False) -> list[dict]:
-    """`count` rows at random in their own order, or all; stratified: every label in its own share."""
-    if count is None or count >= len(rows):
-        return rows
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    if stratified and "label" in rows[0]:
-        by_label = {}
-        for i in order:
-            by_label.setdefault(rows[i]["label"], []).append(i)
-        # The n-th of N rows of its label stands at (n + 1/2) / N: the first `count` hold each label's share.
-        rank = {i: (n + 0.5) / len(same) for same in by_label.values() for n, i in enumerate(same)}
-        order.sort(key=rank.get)
-    return [rows[i] for i in sorted(order[:count])]
-
-
-WANTED = ("train.en.jsonl, validation.en.jsonl and test.<language>.jsonl (a JSON object a line), or the same "
-          "as .csv or .tsv with a header line")
 
 
 def test_languages(settings) -> list[str]:
@@ -176,155 +117,12 @@ def test_languages(settings) -> list[str]:
     return wanted
 
 
-def languages_in(folder: Path) -> list[str]:
-    """Those that a data folder has test data of."""
-    if not folder.is_dir():
-        raise UserError(f"no data folder {folder}: --data must name one with {WANTED}")
-    files = sorted(path.name for path in folder.iterdir() if path.is_file())
-    found = {name.split(".")[1] for name in files if re.fullmatch(r"test\.[^.]+\.(jsonl|csv|tsv)", name)}
-    if not found:
-        listed = ", ".join(files[:5]) + ", …" * (len(files) > 5)
-        raise UserError(f"{folder} has {listed or 'no files'} and no test data: --data needs {WANTED}")
-    return sorted(found)
-
-
 def read_split(settings, split: str, language: str) -> dict[str, dict]:
     """The rows as they are, by the place that an error message names."""
     if settings.data is not None:
         return read_file(Path(settings.data), f"{split}.{language}")
     place = TASKS[settings.task].hub[split]
     return place(language) if callable(place) else read_hub(place.format(language))
-
-
-def read_file(folder: Path, name: str) -> dict[str, dict]:
-    """The rows of the one file of that name, in any of the three formats."""
-    paths = [path for ending in ("jsonl", "csv", "tsv") if (path := folder / f"{name}.{ending}").is_file()]
-    if not paths:
-        raise UserError(f"missing data file {folder / name}.jsonl: --data must hold {WANTED}")
-    if len(paths) > 1:
-        raise UserError(f"{paths[0]} and {paths[1].name}: only one of them can be meant; move the other away")
-    rows = read_lines(paths[0]) if paths[0].suffix == ".jsonl" else read_table(paths[0])
-    if not rows:
-        raise UserError(f"{paths[0]} is empty: it needs a row an example")
-    return rows
-
-
-def read_utf8(path: Path, errors: str = "strict") -> str:
-    """The text of a file, without a byte-order mark."""
-    content = path.read_bytes()
-    with blame(f"{path} is not text in UTF-8 but, it seems, in UTF-16 or Latin-1", "save it as UTF-8"):
-        text = content.decode("utf-8-sig", errors)
-        if "\0" in text[:1000]:
-            raise UnicodeError
-        return text
-
-
-def read_lines(path: Path) -> dict[str, dict]:
-    """A JSON object a line."""
-    text = read_utf8(path, errors="surrogateescape")
-    if text.lstrip()[:1] == "[":
-        raise UserError(f"{path} is a JSON array: write one JSON object a line (jq -c '.[]' does)")
-    rows = {}
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: not a JSON object in UTF-8; each line must be one")
-            rows[f"{path}:{number}"] = row
-    return rows
-
-
-QUOTES = "a field with quotation marks must stand in quotes, with its own doubled"
-
-
-def read_table(path: Path) -> dict[str, dict]:
-    """CSV or TSV by Python's csv: quoted fields may hold line breaks. A label of digits is an integer."""
-    csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    reader = csv.reader(io.StringIO(read_utf8(path), newline=""), delimiter=delimiter, strict=True)
-    try:
-        lines = [(f"{path}:{reader.line_num}", cells) for cells in reader if cells]
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: {error}; {QUOTES}") from None
-    rows, header = {}, lines[0][1] if lines else []
-    for place, cells in lines[1:]:
-        if len(cells) != len({*header}):
-            raise UserError(f"{place}: {len(cells)} fields, and {len({*header})} names in the header")
-        if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
-            raise UserError(f"{place}: a quotation mark opens a field of several rows; {QUOTES}")
-        row = rows[place] = dict(zip(header, (cell or None for cell in cells)))
-        if re.fullmatch(r"0|-?[1-9]\d{0,17}", row.get("label") or ""):
-            row["label"] = int(row["label"])
-    return rows
-
-
-WITHOUT_HUB = ("check the connection; without one, folders serve (python extras/demo.py makes two: --model "
-               "demo/model --data demo/data)")
-
-
-def read_hub(place: str) -> dict[str, dict]:
-    """The rows of owner/name/config/split, from the hub's own parquet conversion, which runs no script.
-
-    Downloads are kept in the hub's cache, so HF_HUB_OFFLINE=1 works after the first time.
-    """
-    import datasets
-    from huggingface_hub import snapshot_download
-
-    owner, name, config, split = place.split("/")
-    with blame(f"data {place} is not in the local cache and the hub does not give it", WITHOUT_HUB):
-        folder = snapshot_download(f"{owner}/{name}", allow_patterns=f"{config}/{split}/*.parquet",
-                                   repo_type="dataset", revision="refs/convert/parquet")
-    files = sorted(Path(folder, config, split).glob("*.parquet"))
-    if not files:
-        source = "local cache" if constants.HF_HUB_OFFLINE else "hub"
-        raise UserError(f"the {source} has no parquet files for {place}: name a folder with --data")
-    rows = {}
-    for file in files:
-        with blame(f"{file.resolve()} holds no readable data", "delete it; the next run downloads it again"):
-            # streamed, so that no second copy of the data is cached
-            data = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-            rows |= {f"{place}/{file.name}, row {number}": row for number, row in enumerate(data)}
-    return rows
-
-
-def check_rows(rows: dict[str, dict], columns: list[str], absent: set[str], values: dict) -> list[dict]:
-    """These columns of every row, which has none of `absent`; an error names the row's place."""
-    checked = []
-    for place, row in rows.items():
-        try:
-            checked.append(check_row(row, columns, absent, values))
-        except ValueError as error:
-            raise UserError(f"{place}: {error}") from None
-    return checked
-
-
-def check_row(row: dict, columns: list[str], absent: set[str], values: dict) -> dict:
-    for column in columns:
-        if row.get(column) is None:
-            raise ValueError(f"no column {column!r}; every row of every file needs {', '.join(columns)}")
-    for column in absent:
-        if row.get(column) is not None:
-            raise ValueError(f"a column {column!r}, which the training file lacks: all rows of all files "
-                             "need it, or none")
-    return {column: read_value(column, row[column], values.get(column)) for column in columns}
-
-
-def read_value(column: str, value, allowed: tuple | list | Callable | None):
-    """The value, as the function `allowed` reads it or as one of `allowed`; ValueError says what is wrong."""
-    if callable(allowed):
-        return allowed(value)
-    if not isinstance(value, str) and (column != "label" or type(value) is not int):
-        kind = "a string or an integer" if column == "label" else "a string"
-        raise ValueError(f"column {column!r} must be {kind}, not {value!r}")
-    if allowed and value not in allowed:
-        known = [repr(known) if column == "label" else known for known in allowed]
-        listed = ", ".join(known[:5]) + ", …" * (len(known) > 5)
-        raise ValueError(f"{column} {value!r} is not one of {listed}")
-    return value
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -395,14 +193,6 @@ def encode_pairs(rows: list[dict], tokenizer, max_length: int, labels: list) -> 
     return [tensors_of(encoded, i) | {"labels": labels.index(row["label"])} for i, row in enumerate(rows)]
 
 
-def class_logits(model: nn.Module, batch: dict) -> torch.Tensor:
-    return model(**batch).logits  # [B, C]
-
-
-def model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    return model(**batch).loss
-
-
 def accuracy(rows: list[dict], examples: list[dict], outputs: list, language: str, labels: list) -> tuple:
     predicted = [output.argmax().item() for output in outputs]
     right = [label == example["labels"] for label, example in zip(predicted, examples)]
@@ -410,7 +200,8 @@ def accuracy(rows: list[dict], examples: list[dict], outputs: list, language: st
 
 
 PAIRS = partial(Task, head=AutoModelForSequenceClassification, encode=encode_pairs, batch=pad,
-                forward=class_logits, loss=model_loss, score=accuracy)
+                forward=lambda model, batch: model(**batch).logits,  # [B, C]
+                loss=lambda model, batch: model(**batch).loss, score=accuracy)
 
 TASKS["xnli"] = PAIRS(
     columns=("premise", "hypothesis", "label"), values={"label": (0, 1, 2)},
@@ -451,8 +242,8 @@ def read_xcopa(language: str) -> dict[str, dict]:
     if len(rows) != len(english):
         raise UserError(f"{place} on the hub has {len(rows)} rows and English COPA {len(english)}: they must "
                         "be parallel; give a folder with --data instead")
-    return {place: row | {"question": pair.get("question")}
-            for (place, row), pair in zip(rows.items(), english.values())}
+    return {key: row | {"question": pair.get("question")}
+            for (key, row), pair in zip(rows.items(), english.values())}
 
 
 TASKS["xcopa"] = PAIRS(
@@ -492,6 +283,7 @@ def encode_spans(rows: list[dict], tokenizer, max_length: int, labels: list) -> 
 
 
 def windows_of(row: dict, tokenizer, max_length: int) -> list[dict]:
+    """One question's, with its first answer where it is; a window between others covers what its tokens do."""
     question = row["question"].strip()
     start = tokenizer(question, add_special_tokens=False, truncation=True, max_length=max_length // 4,
                       return_offsets_mapping=True)["offset_mapping"]
@@ -612,7 +404,7 @@ def squad_words(text: str, language: str) -> list[str]:
 def mlqa_words(text: str, language: str) -> list[str]:
     """An answer's words by MLQA's own rules: all punctuation goes, then the language's articles."""
     text = "".join(character for character in text.lower() if not is_punctuation(character))
-    text = re.sub(ARTICLES.get(language, "$^"), " ", text)
+    text = re.sub(ARTICLES[language], " ", text) if language in ARTICLES else text
     return characters(text) if language == "zh" else text.split()
 
 
@@ -676,11 +468,6 @@ def encode_text(rows: list[dict], tokenizer, max_length: int, labels: list) -> l
             for start in range(0, len(tokens) - inner + 1, inner)]
 
 
-def mask_tokens(examples: list[dict], tokenizer) -> dict[str, torch.Tensor]:
-    """One batch of sequences, 15 % of its tokens masked as BERT does it; `labels` has these."""
-    return dict(DataCollatorForLanguageModeling(tokenizer)(examples))
-
-
 def masked_tokens(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss [M] and correctness [M] of every masked token and its row [M]; no logits of any other token."""
     hidden, masked = model.base_model(batch["input_ids"])[0], batch["labels"] != -100  # [B, T, H]
@@ -714,7 +501,9 @@ def masked_scores(rows: list[dict], examples: list[dict], outputs: list, languag
 
 TASKS["mlm"] = Task(
     columns=("text",), languages=(), trains_language=True,
-    head=AutoModelForMaskedLM, encode=encode_text, batch=mask_tokens,
+    head=AutoModelForMaskedLM, encode=encode_text,
+    # 15 % of the tokens are masked as BERT does it
+    batch=lambda examples, tokenizer: dict(DataCollatorForLanguageModeling(tokenizer)(examples)),
     forward=masked_sums, loss=masked_loss, score=masked_scores,
     max_length=512, preset=((100, 100), (1e-4, 1e-4), 64, "linear", (1, 1, 1)))
 
@@ -758,9 +547,9 @@ def preset(task: str, model_type: str, adapter: str, method: str, train_examples
     training_set = TASKS[task].training_set
     model_type = "bert" if model_type == "bert" else "xlm-roberta"
     row = PRESETS.get((training_set, model_type, adapter), TASKS[task].preset)
-    by_schedule, lr_by_schedule, batch_size, decay, ks = row
+    epochs, lr, batch_size, decay, ks = row
     is_scheduled = method not in UNSCHEDULED
-    epochs, lr = by_schedule[is_scheduled], lr_by_schedule[is_scheduled]
+    epochs, lr = epochs[is_scheduled], lr[is_scheduled]
     k = ks and ks[{"lpft": 0, "fun": 2}.get(method, 1)]
     if (training_set, model_type) in LOW_DATA and train_examples <= 10_000:
         epochs, lr, ks = LOW_DATA[training_set, model_type]
@@ -784,5 +573,5 @@ def resolve(settings, model_type: str, layers: int, train_examples: int, sequenc
         "k": k or max(1, round(0.2 * steps / max(1, layers))), "max_length": task.max_length,
         "fisher_batches": 41 if settings.fisher_labels == "official" else 4,
         "fisher_every": task.fisher_every, "eval_every": 500 if settings.data is None else 0}
-    open_ones = {name: value for name, value in presets.items() if getattr(settings, name) is None}
-    return dataclasses.replace(settings, **open_ones)
+    missing = {name: value for name, value in presets.items() if getattr(settings, name) is None}
+    return dataclasses.replace(settings, **missing)

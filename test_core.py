@@ -817,7 +817,8 @@ def test_no_step_looks_at_a_value_on_the_device(task, is_packed, assets):
 def test_predictions_in_batches_by_length_equal_a_loop_over_single_examples_in_their_order(tokens, assets):
     settings = unfreeze.parse(command(assets, Path("none")))
     splits, labels = tasks.load_data(settings)
-    tokenizer, model, blocks = unfreeze.load_model(settings, labels)
+    tokenizer, config = unfreeze.load_tokenizer(settings)
+    model, blocks = unfreeze.build_model(settings, config, labels)
     randomise(blocks)
     task, rows, state = tasks.TASKS["classify"], splits["train"], torch.get_rng_state()
     examples = task.encode(rows, tokenizer, 20, labels)

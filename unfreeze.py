@@ -53,11 +53,11 @@ from adapters import (add_language_adapter, add_lora, add_task_adapters, save_ad
                       set_language)
 from extras.graphs import TOKENS, Graphed, widened
 from extras.packing import PACKED, allow_packing, batch_on
+from extras.rows import HF_HUB_OFFLINE, WITHOUT_HUB, UserError, reach_hub
 from extras.run import (DATA, Run, copied, describe, fingerprint, identity_of, introduce, is_out_of_memory,
                         put, report_trace, restore, run_folder, save, say, write_lines)
 from fisher import LABELS, fisher_trace
-from tasks import (HF_HUB_OFFLINE, TASKS, WITHOUT_HUB, UserError, load_data, predict, reach_hub, resolve,
-                   sampled, tokens_of)
+from tasks import TASKS, load_data, predict, resolve, sampled, tokens_of
 
 
 # ------------------------------------------------------------------------------------------------------------

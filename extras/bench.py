@@ -287,10 +287,11 @@ def epoch(data: str, folder: str) -> None:
     task = TASKS["xnli"]
     settings = unfreeze.parse(["xnli", "--data", data, "--model", folder, "--test-examples", str(2 * BATCHES),
                                "--train-examples", str(BATCHES * ROWS), "--batch-size", str(ROWS),
-                               "--fisher-batches", "4"])
+                               "--fisher-batches", "4", "--max-length", "128"])
     rows, labels = load_data(settings)
     splits = sampled(rows, settings)
-    tokenizer, model, blocks = unfreeze.load_model(settings, labels)
+    tokenizer, config = unfreeze.load_tokenizer(settings)
+    model, blocks = unfreeze.build_model(settings, config, labels)
     packing.allow_packing(model)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-5, weight_decay=0.0, fused=True)

@@ -24,7 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from adapters import load_tensors, save_tensors, write_atomically
-from tasks import TASKS, UserError
+from extras.rows import UserError
+from tasks import TASKS
 
 
 def run_folder(settings) -> Path:

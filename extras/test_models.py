@@ -220,7 +220,7 @@ def test_language_adapters_do_not_change_how_head_and_task_adapter_start(assets,
     for source in ("none", languages):
         torch.manual_seed(0)
         settings = unfreeze.parse(command(assets, Path("none"), "--language-adapters", source))
-        _, model, blocks = unfreeze.load_model(settings, [0, 1])
+        model, blocks = unfreeze.build_model(settings, unfreeze.load_tokenizer(settings)[1], [0, 1])
         unfreeze.load_language_adapters(settings, model, ["en", "de"])
         starts.append([*flat([*blocks, model.classifier]), torch.get_rng_state()])
     assert all(map(torch.equal, *starts))
