@@ -135,9 +135,10 @@ class Unfreezer:
 
         Every k steps an interval begins, each with its own choice; after steps left out, several at once."""
         opened = []
+        self.intervals = max(self.intervals, i // self.k - len(self.blocks))  # of a long leap the last ones
         while self.intervals <= i // self.k and len(self.history) < len(self.blocks):
             frozen = [block for block in range(len(self.blocks)) if block not in self.trainable]
-            method = "gu" if self.first == "top" and self.intervals == 0 else self.method
+            method = "gu" if self.first == "top" and not self.history else self.method
             chosen = list(SELECT[method](frozen, self))
             if not {*chosen} <= {*frozen} or len({*chosen}) < len(chosen):
                 raise ValueError(f"{method} chose {chosen}, which are not frozen blocks, each once: {frozen}")

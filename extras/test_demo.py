@@ -80,12 +80,17 @@ demo_is_there = pytest.mark.skipif(not (HERE / "demo" / "model").is_dir(),
                                    reason="python extras/demo.py has not been run")
 
 
-def run_snippet(phrase: str, folder: Path, check: str = "") -> str:
-    """Run the one snippet of the README or the manual that holds the phrase, in a folder with the demo."""
-    pages = "\n".join(path.read_text("utf-8") for path in (HERE / "README.md", HERE / "extras/MANUAL.md")
-                      if path.exists())
+def snippet_with(phrase: str) -> str:
+    """The one snippet of the README or the manual that holds the phrase."""
+    pages = "\n".join((HERE / name).read_text("utf-8") for name in ("README.md", "extras/MANUAL.md"))
     snippets = re.findall(r"^```python\n(.*?)^```$", pages, re.MULTILINE | re.DOTALL)
     snippet, = (snippet for snippet in snippets if phrase in snippet)
+    return snippet
+
+
+def run_snippet(phrase: str, folder: Path, check: str = "") -> str:
+    """Run a snippet in a folder with the demo."""
+    snippet = snippet_with(phrase)
     (folder / "demo").symlink_to(HERE / "demo")
     run = subprocess.run([sys.executable, "-c", snippet + check], cwd=folder, capture_output=True, text=True,
                          env=os.environ | {"PYTHONPATH": str(HERE)})
@@ -115,6 +120,38 @@ def test_the_readme_snippets_of_the_schedule_open_every_block(phrase, tmp_path):
     history = json.loads(printed.replace("(", "[").replace(")", "]"))
     steps, blocks = zip(*history)
     assert list(steps) == list(range(0, 24, 2)) and sorted(blocks) == list(range(12))
+
+
+PLAIN = """
+import copy
+model.eval()
+unfreezer = unfreeze.Unfreezer(blocks, "METHOD", k=2)
+for step in range(6):
+    twin, norms = copy.deepcopy(model), []
+    for block in adapters.adapter_blocks(twin, "task"):  # the same by a backward pass of each block's own
+        block.requires_grad_()
+        twin.zero_grad()
+        twin(**batch).loss.backward()
+        norms.append(sum(weight.grad.square().sum().item() for weight in block.parameters()))
+    frozen = [block for block in range(12) if block not in unfreezer.trainable]
+    expected = {"two": frozen[:-3:-1], "norm": [max(frozen, key=norms.__getitem__)]}["METHOD"]
+    assert sorted(unfreezer.step(step)) == (sorted(expected) if step % 2 == 0 else []), (step, norms)
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+assert len(unfreezer.trainable) == {"two": 6, "norm": 3}["METHOD"]
+"""
+
+
+@demo_is_there
+@pytest.mark.parametrize("method", ["two", "norm"])
+def test_the_readmes_new_schedules_open_what_they_say(method, tmp_path):
+    before, _ = snippet_with('Unfreezer(blocks, "fun"').split("unfreezer = ")
+    (tmp_path / "demo").symlink_to(HERE / "demo")
+    run = subprocess.run(
+        [sys.executable, "-c", before + snippet_with('SELECT["two"]') + PLAIN.replace("METHOD", method)],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert run.returncode == 0, run.stderr
 
 
 @demo_is_there

@@ -1,8 +1,8 @@
 """A task of one's own: one more entry of TASKS, and it trains, is tested in every language and reported."""
 
-import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -18,18 +18,8 @@ from test_core import assets  # noqa: F401 (a fixture)
 
 HERE = Path(__file__).resolve().parent.parent
 
-SNIPPET = '''\
-import dataclasses, sys
-import unfreeze
-from tasks import TASKS
-
-TASKS["intent"] = dataclasses.replace(
-    TASKS["classify"],                                  # its kind: head, encoding, loss, score
-    columns=("utterance", "label"),                     # of every row; `label` is predicted
-    languages=("en", "de"), max_length=20)              # tested by default; tokens per sequence
-
-sys.exit(unfreeze.main(sys.argv[1:]))                   # python mine.py intent --data FOLDER --method fun
-'''
+SNIPPET, = (snippet for snippet in re.findall(r"^```python\n(.*?)^```$", (HERE / "README.md").read_text("utf-8"),
+                                             re.MULTILINE | re.DOTALL) if 'TASKS["intent"]' in snippet)
 
 
 def renamed(data: Path, folder: Path, **names) -> Path:
