@@ -21,14 +21,10 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
-import hashlib
-import io
 import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -53,51 +49,55 @@ from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForMaskedLM, AutoModelForQuestionAnswering,
                           AutoModelForSequenceClassification, AutoTokenizer)
 
-from adapters import (add_language_adapter, add_lora, add_task_adapters, load_tensors, save_adapter, save_head,
-                      save_tensors, set_language, write_atomically)
+from adapters import (add_language_adapter, add_lora, add_task_adapters, save_adapter, save_head,
+                      set_language)
+from extras.graphs import TOKENS, Graphed, widened
 from extras.packing import PACKED, allow_packing, batch_on
 from extras.rows import HF_HUB_OFFLINE, WITHOUT_HUB, UserError, reach_hub
+from extras.run import (DATA, Run, copied, describe, fingerprint, identity_of, introduce, is_out_of_memory,
+                        put, report_trace, restore, run_folder, save, say, write_lines)
 from fisher import LABELS, fisher_trace
 from tasks import TASKS, load_data, predict, resolve, sampled, tokens_of
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Algorithm 1: which blocks open at which step
+# Algorithm 1: which blocks open at which step. To be cut out and pasted, with these imports:
+#     import math; from collections.abc import Callable; import torch; from torch import nn
 # ------------------------------------------------------------------------------------------------------------
 
 
-def largest_trace(frozen: list[int], score: Callable) -> list[int]:
-    """The frozen block with the largest tr(F), of equals the higher; a single one needs no measurement."""
+SELECT = {  # by method: (frozen blocks, bottom to top; the Unfreezer) -> those that open in this interval
+    "standard": lambda frozen, now: frozen,
+    "gu": lambda frozen, now: frozen[-1:],
+    "lpft": lambda frozen, now: frozen if now.intervals >= 1 else [],
+    "rand": lambda frozen, now: [frozen[torch.randint(len(frozen), (), generator=now.generator)]],
+    "fun": lambda frozen, now: largest(frozen, now.score),
+    "rev": lambda frozen, now: frozen[:1],
+    "order": lambda frozen, now: [next(block for block in now.order if block in frozen)],
+    "none": lambda frozen, now: [],  # the head alone
+}
+
+
+def largest(frozen: list[int], score: Callable) -> list[int]:
+    """The frozen block with the largest score, of equals the higher; a single one needs no measurement."""
     if len(frozen) == 1:
         return frozen
-    trace = [float(value) for value in score()]
-    if len(trace) <= frozen[-1] or not all(map(math.isfinite, trace)):
-        raise ValueError(f"score() must return one finite number per block, not {trace}")
-    return [max(frozen, key=lambda block: (trace[block], block))]
-
-
-SELECT = {  # by method: from the frozen blocks, bottom to top, to those that open in this interval
-    "standard": lambda frozen, **_: frozen,
-    "gu": lambda frozen, **_: frozen[-1:],
-    "lpft": lambda frozen, interval, **_: frozen if interval >= 1 else [],
-    "rand": lambda frozen, generator, **_: [frozen[torch.randint(len(frozen), (), generator=generator)]],
-    "fun": lambda frozen, score, **_: largest_trace(frozen, score),
-    "rev": lambda frozen, **_: frozen[:1],
-    "order": lambda frozen, order, **_: [next(block for block in order if block in frozen)],
-    "none": lambda **_: [],  # the head alone
-}
+    scores = [float(value) for value in score()]
+    if len(scores) <= frozen[-1] or not all(map(math.isfinite, scores)):
+        raise ValueError(f"score() must return one finite number per block, not {scores}")
+    return [max(frozen, key=lambda block: (scores[block], block))]
 
 
 class Unfreezer:
     """Algorithm 1: freezes all blocks, then opens (`requires_grad`) those due before each training step.
 
     blocks: modules, bottom to top, with parameters of their own. method: a key of SELECT. k: the interval in
-    steps. score: a callable that returns a number per block, called only when FUN chooses. order: all blocks
-    in their order, for "order". first: "top" opens the top block at step 0, as the official code does, and
-    the method chooses from step k on. Give the optimizer ALL parameters of all blocks, once: a frozen one has
-    `grad=None` and is skipped, no decay, momentum or state.
+    steps. score: a callable that returns a number per block, called only by methods that choose by it, as FUN
+    does by tr(F). order: all blocks in their order, for "order". first: "top" opens the top block at step 0,
+    as the official code does, and the method chooses from step k on. Give the optimizer ALL parameters of all
+    blocks, once: a frozen one has `grad=None` and is skipped, no decay, momentum or state.
     Raises ValueError for no blocks (but with "none"), shared parameters, or an impossible method, k, score,
-    order or first.
+    order, first or choice.
     """
 
     def __init__(self, blocks: list[nn.Module], method: str, k: int, score: Callable | None = None,
@@ -107,8 +107,6 @@ class Unfreezer:
             raise ValueError(f"unknown method {method!r}: choose one of {', '.join(SELECT)}")
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k must be a whole number of steps, at least 1, not {k!r}")
-        if method == "fun" and score is None:
-            raise ValueError("method 'fun' needs `score`, a callable that returns one number per block")
         if method == "order" and sorted(order or []) != list(range(len(blocks))):
             raise ValueError(f"order must hold each of the blocks 0..{len(blocks) - 1} once, not {order!r}")
         if first not in (None, "top") or first and method in ("standard", "lpft", "none"):
@@ -120,8 +118,10 @@ class Unfreezer:
             raise ValueError(f"block {owned.index(set())} has no parameters: opening it would train nothing")
         if len(set().union(*owned)) < sum(map(len, owned)):
             raise ValueError("two blocks share a parameter: they would open together")
-        self.blocks, self.method, self.k, self.score, self.order = blocks, method, k, score, order
-        self.first, self.generator = first, torch.Generator().manual_seed(seed)
+        if method == "fun" and score is None:
+            self._no_score()
+        self.blocks, self.method, self.k, self.order, self.first = blocks, method, k, order, first
+        self.score, self.generator = score or self._no_score, torch.Generator().manual_seed(seed)
         self.history: list[tuple[int, int]] = []  # (step, block) in the order of opening
         self.intervals = 0  # how many have begun
         self._set_requires_grad()
@@ -135,12 +135,12 @@ class Unfreezer:
 
         Every k steps an interval begins, each with its own choice; after steps left out, several at once."""
         opened = []
-        while self.intervals <= min(i // self.k, len(self.blocks)):
+        while self.intervals <= i // self.k and len(self.history) < len(self.blocks):
             frozen = [block for block in range(len(self.blocks)) if block not in self.trainable]
             method = "gu" if self.first == "top" and self.intervals == 0 else self.method
-            chosen = frozen and SELECT[method](
-                frozen=frozen, interval=self.intervals, score=self.score, order=self.order,
-                generator=self.generator)
+            chosen = list(SELECT[method](frozen, self))
+            if not {*chosen} <= {*frozen} or len({*chosen}) < len(chosen):
+                raise ValueError(f"{method} chose {chosen}, which are not frozen blocks, each once: {frozen}")
             self.history += [(i, block) for block in chosen]
             self._set_requires_grad()
             self.intervals += 1
@@ -168,9 +168,12 @@ class Unfreezer:
             if index not in self.trainable:
                 block.zero_grad(set_to_none=True)  # with a gradient of zeros AdamW would still decay
 
+    def _no_score(self) -> None:
+        raise ValueError("this method needs `score`, a callable that returns one number per block")
+
 
 # ------------------------------------------------------------------------------------------------------------
-# Settings and presets
+# Settings
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -195,8 +198,7 @@ class Settings:
     """The command line. None stands for the paper's preset, filled in by `tasks.resolve`."""
 
     task: str
-    method: str = option(None, "which blocks open when (default: gu); several in quotes: a run of each",
-                         choices=[*SELECT, "full"])
+    method: str = option(None, "which blocks open when (default: gu); several in quotes: a run of each")
     order: str | None = option(None, "for --method order: all blocks, first opened first", metavar="11,10,…")
     first: str | None = option(None, "the official code's form of rand, fun, rev and order: the top block "
                                "opens at step 0", choices=["top"])
@@ -231,6 +233,8 @@ class Settings:
                                    choices=["fp32", "tf32", "bf16"])
     whole_batches: bool = option(False, "pad each batch to its longest example (default: XLM-R, RoBERTa "
                                  "and BERT run without padding)", action="store_true")
+    cuda_graphs: bool = option(False, "repeat a step's kernels without Python: pays where a fast card waits for "
+                               "launches (XLM-R, RoBERTa and BERT)", action="store_true")
     save_every: int = option(500, "steps between two checkpoints", least=1)
     out: str | None = option(None, "the run's folder (default: runs/TASK-MODEL-METHOD-SEED)")
     overwrite: bool = option(False, "start anew, and replace a finished run", action="store_true")
@@ -246,6 +250,8 @@ def check(settings: Settings) -> None:
         raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     if settings.precision == "tf32" and device_of(settings).type != "cuda":
         raise UserError("--precision tf32 is for CUDA: use fp32 or bf16")
+    if settings.cuda_graphs and (device_of(settings).type != "cuda" or settings.task == "mlm"):
+        raise UserError("--cuda-graphs is for tasks on a CUDA device: leave it out")
     if settings.epochs and settings.steps is not None:
         raise UserError("--epochs and --steps exclude each other: give one of them")
     if (settings.method == "order") != (settings.order is not None):
@@ -262,175 +268,149 @@ def check(settings: Settings) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Training
+# Training: the loop
 # ------------------------------------------------------------------------------------------------------------
 
 
 def train(settings: Settings) -> None:
     """One run, from the data to results.json in its folder; a stopped one goes on from its checkpoint."""
-    started = time.time()
-    task, out = TASKS[settings.task], run_folder(settings)
+    started, task, out, device = time.time(), TASKS[settings.task], run_folder(settings), device_of(settings)
     reach_hub(settings)
-    splits, labels = load_data(settings)
-    data, splits = fingerprint(splits), sampled(splits, settings)
-    device = device_of(settings)
-    torch.manual_seed(settings.seed)
-    tokenizer, model, blocks = load_model(settings, labels)
-    languages, sources = load_language_adapters(settings, model, list(splits)[2:])  # after train, validation
-    model.to(device)
-    length = settings.max_length or task.max_length
-    encoded = {name: task.encode(rows, tokenizer, length, labels) for name, rows in splits.items()}
-    if not all(map(tokens_of, itertools.chain(*encoded.values()))):
-        raise UserError("--data has texts without a token, and the tokenizer adds none: take them out")
+    rows, labels = load_data(settings)  # by split: train, validation, then the test languages
+    splits = sampled(rows, settings)
+    tokenizer, config = load_tokenizer(settings)
+    encoded = encode(settings, splits, tokenizer, labels)
     examples = encoded["train"]
-    settings = resolve(settings, model.config.model_type, len(blocks), len(splits["train"]), len(examples))
-    settings = dataclasses.replace(settings, precision=settings.precision or PRECISION[device.type])
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-    collate = partial(batch_on, device, model, partial(task.batch, tokenizer=tokenizer),
-                      is_packed=not settings.whole_batches)
-    torch.use_deterministic_algorithms(True, warn_only=model.config.model_type not in PACKED)
-    if model.config.model_type in PACKED:
-        allow_packing(model)
-    torch.set_float32_matmul_precision("highest")  # TF32's rounding would look as if padding counted
-    if not task.trains_language:  # its sequences are of one length
-        check_padding(task, model, examples, collate)
-    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
-
-    def evaluate(split: str, language: str) -> tuple[dict, list]:
-        outputs = predict(task, model, encoded[split], collate, autocast)
-        return task.score(splits[split], encoded[split], outputs, language, labels)
-
-    # ONE optimizer over all that will ever train: built from the open blocks, it would never step later ones.
+    settings = complete(settings, config, len(splits["train"]), len(examples))  # from here on nothing is None
+    torch.manual_seed(settings.seed)
+    model, blocks = build_model(settings, config, labels)
+    languages, sources = load_language_adapters(settings, model, list(splits)[2:])
+    model.to(device)
+    collate, autocast = make_ready(settings, model, tokenizer, examples)
+    # ONE optimizer over all that will ever train: built from the open blocks, it would never step later ones
     learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(learned.values(), lr=settings.lr, weight_decay=0.0, fused=True)
+    forward_and_backward = training_pass(settings, model, tokenizer, collate, autocast, learned)
+    losses = Losses(settings, len(examples))
+    traces = Traces(settings, model, blocks, examples, partial(collate, is_packed=False), autocast, losses)
+    unfreezer = schedule(settings, blocks, traces.now)
 
-    readings: list[torch.Tensor] = []  # by step: loss and norm of the gradient, still on the device
-    traces: dict[int, list[float]] = {}  # by step: FUN's choice and the report share one measurement
-
-    def read_back(step: int) -> None:
-        if readings:
-            values = torch.stack(readings).tolist()  # all that waits for the device, but in mlm
-            state["losses"] += finite_losses(settings, values, step, len(examples))
-            readings.clear()
-
-    def trace() -> list[float]:
-        if step not in traces:
-            read_back(step)
-            generator = torch.Generator().manual_seed(settings.seed * 100_003 + step)  # not training's
-            batches = fisher_batches(settings, examples, generator, partial(collate, is_packed=False))
-            try:
-                with autocast():
-                    measured = fisher_trace(model, batches, blocks, settings.fisher_labels, generator)
-            except ValueError as error:
-                remedy = "lower --lr" if "not finite" in str(error) else "choose another --model"
-                raise UserError(f"no tr(F) at step {step}: {error}; {remedy}") from None
-            traces[step] = measured.tolist()
-        return traces[step]
-
-    try:
-        given = [int(block) for block in settings.order.split(",")] if settings.order else None
-        method = "none" if settings.method == "full" else settings.method
-        unfreezer = Unfreezer(blocks, method, settings.k, trace, given, settings.seed, settings.first)
-    except ValueError as error:
-        raise UserError(f"--order {settings.order}: {error}") from None
-    log_file = claim(out)
-    identity = identity_of(dataclasses.asdict(settings), data)
-    if is_finished(out, identity):
+    run = Run(out, identity_of(dataclasses.asdict(settings), fingerprint(rows)))
+    if run.is_finished():
         print(f"{out} is finished and kept (--overwrite redoes it)")
         return
-    introduce(settings, splits, encoded, len(blocks), languages, sources, device)
-    state = restore(out, identity, learned, optimizer, unfreezer) or start_anew(out)
-
-    def log(event: str, step: int, **fields) -> None:
-        line = (json.dumps({"event": event, "step": step} | fields) + "\n").encode()
-        while line:  # unbuffered: a full disk may take a part of it
-            line = line[log_file.write(line) :]
-
-    is_measured = bool(blocks) and not task.trains_language
-    per_epoch = math.ceil(len(examples) / settings.batch_size)
-    stride = settings.eval_every or per_epoch * math.ceil(50 / per_epoch)  # an epoch of COPA has 7 steps
-    asked_to_stop: list[int] = []  # the signals: the step under way is finished first, unless two arrive
-
-    def ask_to_stop(number: int, _) -> None:
-        asked_to_stop.append(number)
-        on_stop_signals(stop_now)
+    introduce(settings, splits, encoded, len(blocks), last_opening(settings, len(blocks)), languages, sources,
+              device)
+    state = restore(run, learned, optimizer, unfreezer) or run.start_anew()
+    losses.read = state.pop("losses")
+    evaluate = partial(evaluate_split, task, model, labels, collate, autocast)
+    stride = steps_between_validations(settings, len(examples))
+    asked_to_stop = note_stop_signals()  # the step under way is finished first
 
     progress = tqdm(range(state["step"], settings.steps + 1), initial=state["step"], total=settings.steps,
-                    desc=settings.method, mininterval=1, dynamic_ncols=True)
+                    desc=settings.method, mininterval=1, dynamic_ncols=True, disable=None)  # off a terminal
     for step in progress:  # look, then train; after the last step only look
         is_end = step == settings.steps
+        traces.begin(step)
         if step % stride == 0 or is_end:
-            on_stop_signals(stop_now)  # all is in the checkpoint
-            scores, _ = evaluate("validation", settings.language or "en")
-            log("eval", step, split="validation", language=settings.language or "en", **scores)
-            metric = next(iter(scores))
-            if state["best"] is None or scores[metric] > state["validation"][metric]:
-                state |= {"best": copied(learned) if step else None, "kept_step": step, "validation": scores}
-            state.setdefault("untrained", scores)
+            with stopping_at_once():  # all is in the checkpoint
+                scores, _ = evaluate(splits["validation"], encoded["validation"], settings.language or "en")
+            run.log("eval", step, split="validation", language=settings.language or "en", **scores)
+            keep_best(state, scores, step, learned)
         opened = [] if is_end else unfreezer.step(step)  # Algorithm 1: add the blocks SELECT() names to S
         if opened:
-            log("open", step, blocks=opened)
-        if is_measured and (is_end or step in traces or step % (settings.fisher_every or per_epoch) == 0):
-            report_trace(log, step, trace(), unfreezer.trainable, state["averages"])
+            run.log("open", step, blocks=opened)
+        if blocks and not task.trains_language and (is_end or traces.is_due()):
+            report_trace(run, step, traces.now(), unfreezer.trainable, state["averages"])
         if is_end:
             break
 
-        on_stop_signals(ask_to_stop)
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
-        batch = sorted((examples[i] for i in batch_of(settings, step, len(examples))), key=tokens_of)
-        with autocast():
-            loss = task.loss(model, collate(batch))
-        loss.backward()  # reaches down to the lowest open block and no further
+        loss = forward_and_backward([examples[i] for i in batch_of(settings, step, len(examples))])
         norm = nn.utils.clip_grad_norm_(learned.values(), 1.0)
         optimizer.step()  # a frozen block has grad=None and is left alone
         optimizer.zero_grad()
+        losses.add(loss, norm)
 
-        readings.append(torch.stack([loss.detach().float(), norm]))
         done, is_stopping = step + 1, bool(asked_to_stop)
         is_saved = is_stopping or 0 in (done % settings.save_every, done % stride, settings.steps - done)
         if is_saved or done % 10 == 0:
-            read_back(done)
+            losses.look(done)
         if done % 10 == 0 or done == settings.steps:
-            value, state["losses"] = mean(state["losses"]), []
-            log("train", step, loss=value, lr=learning_rate(settings, step))
-            progress.set_postfix_str(f"loss {value:.3f}, open {len(unfreezer.trainable)}/{len(blocks)}")
+            loss = losses.take_mean()
+            run.log("train", step, loss=loss, lr=learning_rate(settings, step))
+            say(progress, f"loss {loss:.3f}, open {len(unfreezer.trainable)}/{len(blocks)}", done)
         if is_saved:
             if task.trains_language:
                 save_weights(out, settings, model, tokenizer)  # usable from now on
             seconds = state["seconds"] + time.time() - started
-            save_checkpoint(out, identity, learned, optimizer, unfreezer,
-                            state | {"step": done, "seconds": seconds}, log_file)
+            save(run, learned, optimizer, unfreezer,
+                 state | {"step": done, "seconds": seconds, "losses": losses.read})
         if is_stopping:
             raise KeyboardInterrupt(128 + asked_to_stop[0])
 
+    on_stop_signals(stop_now)
     if state["best"] is not None:
         put(state["best"], learned)
     scores = {}
-    for language in tqdm(languages, desc="testing"):
+    for language in tqdm(languages, desc="testing", disable=None):
         if blocks:
             set_language(model, languages[language])  # zero-shot: the task adapter stays
-        scores[language], predictions = evaluate(language, language)
-        log("eval", step, split="test", language=language, **scores[language])
+        scores[language], predictions = evaluate(splits[language], encoded[language], language)
+        run.log("eval", settings.steps, split="test", language=language, **scores[language])
         write_lines(out / "predictions" / f"{language}.jsonl", predictions)
     save_weights(out, settings, model, tokenizer)
-    results = describe(settings, scores) | {
+    run.finish(describe(settings, scores) | {
         "order": unfreezer.history, "kept_step": state["kept_step"], "validation": state["validation"],
-        "untrained": state["untrained"], "data": data, "train_examples": len(splits["train"]),
+        "untrained": state["untrained"], "data": run.identity[DATA], "train_examples": len(splits["train"]),
         "language_adapters": languages, "language_adapter_sources": sources,
-        "wall_seconds": round(state["seconds"] + time.time() - started, 1)}
-    # the last file of a run: it marks the run as finished
-    write_atomically(out / "results.json", json.dumps(results, indent=2, ensure_ascii=False).encode() + b"\n")
-    (out / "checkpoint.pt").unlink(missing_ok=True)
-    conclude(out, results, metric)
+        "wall_seconds": round(state["seconds"] + time.time() - started, 1)})
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Training: the parts of the loop, in its order
+# ------------------------------------------------------------------------------------------------------------
 
 PRECISION = {"cuda": "tf32", "cpu": "fp32"}  # by default
 
 
 def device_of(settings: Settings) -> torch.device:
     return torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def encode(settings: Settings, splits: dict[str, list[dict]], tokenizer, labels: list) -> dict[str, list[dict]]:
+    task = TASKS[settings.task]
+    length = settings.max_length or task.max_length
+    encoded = {name: task.encode(rows, tokenizer, length, labels) for name, rows in splits.items()}
+    if not all(map(tokens_of, itertools.chain(*encoded.values()))):
+        raise UserError("--data has texts without a token, and the tokenizer adds none: take them out")
+    return encoded
+
+
+def complete(settings: Settings, config, train_examples: int, sequences: int) -> Settings:
+    """The settings with the task's preset, and the device's precision, in place of None."""
+    blocks = 0 if settings.method == "full" else config.num_hidden_layers
+    settings = resolve(settings, config.model_type, blocks, train_examples, sequences)
+    return dataclasses.replace(settings, precision=settings.precision or PRECISION[device_of(settings).type])
+
+
+def make_ready(settings: Settings, model: nn.Module, tokenizer, examples: list[dict]) -> tuple:
+    """Set precision and determinism; returns `collate`, examples -> batch on the device, and `autocast`."""
+    task, device, is_packable = TASKS[settings.task], device_of(settings), model.config.model_type in PACKED
+    torch.use_deterministic_algorithms(True, warn_only=not is_packable)
+    if is_packable:
+        allow_packing(model)
+    elif settings.cuda_graphs:
+        raise UserError(f"--cuda-graphs is for {', '.join(PACKED)}, no {model.config.model_type}: leave it out")
+    collate = partial(batch_on, device, model, partial(task.batch, tokenizer=tokenizer),
+                      is_packed=not settings.whole_batches)
+    torch.set_float32_matmul_precision("highest")  # TF32's rounding would look as if padding counted
+    if not task.trains_language:  # its sequences are of one length
+        check_padding(task, model, examples, collate)
+    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
+    return collate, partial(torch.autocast, device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
 
 @torch.inference_mode()
@@ -443,23 +423,143 @@ def check_padding(task, model: nn.Module, examples: list[dict], collate: Callabl
     except Exception as error:  # an unknown model may raise anything
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--model: a {name} does not run here ({reason}); choose another kind") from None
+        raise UserError(f"--model: a {name} does not run here ({reason(error)}); choose another kind") from None
     padded = padded[..., : alone.shape[-1]]  # spans have a logit for each token
     if not torch.allclose(padded, alone, rtol=1e-3, atol=1e-3 * alone.abs().max().item()):
         raise UserError(f"--model: in a {name}, padding changes the output, and so would the batch; choose "
                         "another kind")
 
 
-def copied(learned: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in learned.items()}
+def training_pass(settings: Settings, model: nn.Module, tokenizer, collate: Callable, autocast: Callable,
+                  learned: dict[str, nn.Parameter]) -> Callable:
+    """What a step does to its examples: one forward and one backward pass; returns the loss."""
+    task = TASKS[settings.task]
+
+    def run(batch: dict) -> torch.Tensor:
+        with autocast():
+            loss = task.loss(model, batch)
+        loss.backward()  # reaches down to the lowest open block and no further
+        return loss.detach()
+
+    if settings.cuda_graphs:
+        run = Graphed(run, learned.values())
+        make = partial(widened, partial(task.batch, tokenizer=tokenizer), tokenizer, settings.max_length)
+        collate = partial(batch_on, model.device, model, make, is_packed=not settings.whole_batches,
+                          multiple=TOKENS)
+    return lambda examples: run(collate(sorted(examples, key=tokens_of)))
 
 
-@torch.no_grad()
-def put(values: dict[str, torch.Tensor], learned: dict[str, nn.Parameter]) -> None:
-    for name, parameter in learned.items():
-        assert values[name].shape == parameter.shape, name
-        parameter.copy_(values[name])
+class Losses:
+    """Loss and norm of the gradient of each step, on the device until the loop looks: that waits for it."""
+
+    def __init__(self, settings: Settings, examples: int):
+        self.settings, self.examples, self.waiting = settings, examples, []
+        self.read: list[float] = []  # losses since the last mean
+
+    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        self.waiting.append(torch.stack([loss.float(), norm]))
+
+    def look(self, done: int) -> None:
+        """Read the values of the steps before `done`. Raises UserError for one that is NaN or infinite."""
+        values = torch.stack(self.waiting).tolist() if self.waiting else []
+        for step, (loss, norm) in enumerate(values, done - len(values)):
+            if not math.isfinite(loss + norm):
+                batch = ", ".join(map(str, batch_of(self.settings, step, self.examples)))
+                raise UserError(f"the loss is {loss:g} and its gradient's norm {norm:g} at step {step} (learning "
+                                f"rate {learning_rate(self.settings, step):g}, training examples {batch}): lower "
+                                "--lr, and pass --overwrite if the run has a checkpoint")
+        self.read += [loss for loss, _ in values]
+        self.waiting = []
+
+    def take_mean(self) -> float:
+        value, self.read = mean(self.read), []
+        return value
+
+
+class Traces:
+    """tr(F) of all blocks: measured once a step, if asked for; FUN's choice and the report share it."""
+
+    def __init__(self, settings: Settings, model: nn.Module, blocks: list[nn.Module], examples: list[dict],
+                 collate: Callable, autocast: Callable, losses: Losses):
+        self.settings, self.model, self.blocks, self.examples = settings, model, blocks, examples
+        self.collate, self.autocast, self.losses = collate, autocast, losses
+        self.every = settings.fisher_every or steps_per_epoch(settings, len(examples))
+
+    def begin(self, step: int) -> None:
+        self.step, self.trace = step, None
+
+    def is_due(self) -> bool:
+        return self.trace is not None or self.step % self.every == 0
+
+    def now(self) -> list[float]:
+        if self.trace is None:
+            self.losses.look(self.step)  # one that is not finite is named first
+            settings, seed = self.settings, self.settings.seed * 100_003 + self.step
+            generator = torch.Generator().manual_seed(seed)  # not training's
+            batches = fisher_batches(settings, self.examples, generator, self.collate)
+            try:
+                with self.autocast():
+                    self.trace = fisher_trace(
+                        self.model, batches, self.blocks, settings.fisher_labels, generator).tolist()
+            except ValueError as error:
+                remedy = "lower --lr" if "not finite" in str(error) else "choose another --model"
+                raise UserError(f"no tr(F) at step {self.step}: {error}; {remedy}") from None
+        return self.trace
+
+
+def fisher_batches(settings: Settings, examples: list, generator: torch.Generator, collate: Callable) -> list:
+    """Randomly drawn training batches for one measurement (all, if there are fewer), grouped by length, but
+    not for the official estimator, whose value depends on the grouping: a loader shuffles."""
+    size = settings.batch_size
+    order = torch.randperm(len(examples), generator=generator)[: settings.fisher_batches * size].tolist()
+    chosen = [examples[i] for i in order]
+    if settings.fisher_labels != "official":
+        chosen.sort(key=tokens_of)
+    return [collate(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+
+
+def schedule(settings: Settings, blocks: list[nn.Module], score: Callable) -> Unfreezer:
+    order = settings.order.split(",") if settings.order else None
+    method = "none" if settings.method == "full" else settings.method
+    try:
+        return Unfreezer(blocks, method, settings.k, score, order and [int(block) for block in order],
+                         settings.seed, settings.first)
+    except ValueError as error:
+        raise UserError(f"--order {settings.order}: {error}") from None
+
+
+def last_opening(settings: Settings, blocks: int) -> int:
+    """The step before which the last block opens, found on stand-ins that all score the same."""
+    stand_ins = [nn.ParameterList([nn.Parameter(torch.zeros(1))]) for _ in range(blocks)]
+    unfreezer = schedule(settings, stand_ins, lambda: [0] * blocks)
+    for interval in range(blocks + 1):
+        unfreezer.step(settings.k * interval)
+    return max((step for step, _ in unfreezer.history), default=0)
+
+
+def evaluate_split(task, model: nn.Module, labels: list, collate: Callable, autocast: Callable,
+                   rows: list[dict], examples: list[dict], language: str) -> tuple[dict, list[dict]]:
+    """The scores in percent by metric, and a prediction for each row."""
+    outputs = predict(task, model, examples, collate, autocast)
+    return task.score(rows, examples, outputs, language, labels)
+
+
+def steps_per_epoch(settings: Settings, examples: int) -> int:
+    return math.ceil(examples / settings.batch_size)
+
+
+def steps_between_validations(settings: Settings, examples: int) -> int:
+    """By default the epochs' ends that are at least 50 steps apart: an epoch of COPA has 7."""
+    epoch = steps_per_epoch(settings, examples)
+    return settings.eval_every or epoch * math.ceil(50 / epoch)
+
+
+def keep_best(state: dict, scores: dict, step: int, learned: dict[str, nn.Parameter]) -> None:
+    """Of equal validations the first; the untrained weights only until others are there."""
+    metric = next(iter(scores))
+    if state["best"] is None or scores[metric] > state["validation"][metric]:
+        state |= {"best": copied(learned) if step else None, "kept_step": step, "validation": scores}
+    state.setdefault("untrained", scores)
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -475,64 +575,70 @@ def train_order(seed: int, epoch: int, examples: int) -> list[int]:
 
 def batch_of(settings: Settings, step: int, examples: int) -> list[int]:
     """The numbers of the examples that a step trains on."""
-    epoch, position = divmod(step, math.ceil(examples / settings.batch_size))
+    epoch, position = divmod(step, steps_per_epoch(settings, examples))
     start = position * settings.batch_size
     return train_order(settings.seed, epoch, examples)[start : start + settings.batch_size]
 
 
-def finite_losses(settings: Settings, readings: list[list[float]], done: int, examples: int) -> list[float]:
-    """The losses of the last steps; no step counts from one on whose loss or gradient is NaN or infinite."""
-    for step, (loss, norm) in enumerate(readings, done - len(readings)):
-        if not math.isfinite(loss + norm):
-            batch = ", ".join(map(str, batch_of(settings, step, examples)))
-            raise UserError(f"the loss is {loss:g} and its gradient's norm {norm:g} at step {step} (learning "
-                            f"rate {learning_rate(settings, step):g}, training examples {batch}): lower "
-                            "--lr, and pass --overwrite if the run has a checkpoint")
-    return [loss for loss, _ in readings]
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Model and language adapters
+# Building and saving the model
 # ------------------------------------------------------------------------------------------------------------
 
 
-def load_model(settings, labels: list):
-    """Tokenizer, model with the task's head, and its blocks; weights come from safetensors only."""
-    folder, head = Path(settings.model), TASKS[settings.task].head
+@contextlib.contextmanager
+def blame_model(settings: Settings):
+    """Whatever damaged or hostile files of a model provoke becomes one line for the user."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        why = reason(error)
+        remedy = "--model takes a folder with config.json, model.safetensors and a tokenizer, or a hub name"
+        if isinstance(error, OSError) and constants.HF_HUB_OFFLINE and not Path(settings.model).is_dir():
+            why, remedy = "not in the local cache, and the hub is not reached", WITHOUT_HUB
+        raise UserError(f"cannot load model {settings.model!r} ({why}): {remedy}") from None
+
+
+def reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def load_tokenizer(settings: Settings) -> tuple:
+    """The tokenizer and the config of --model."""
+    folder = Path(settings.model)
     if folder.is_dir() and not list(folder.glob("model*.safetensors")):
         raise UserError(f"model folder {folder} has no weights: put model.safetensors beside its config.json")
-    try:
-        for index in folder.glob("*.index.json"):  # of a model in several files
+    with blame_model(settings):
+        config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
+        if tokenizer.pad_token is None or len(tokenizer) > config.vocab_size:
+            raise ValueError("its tokenizer has no padding token, or more tokens than the model")
+    return tokenizer, config
+
+
+def build_model(settings: Settings, config, labels: list) -> tuple[nn.Module, list[nn.Module]]:
+    """The model with the task's head, in float32, and its blocks; weights come from safetensors only."""
+    head = TASKS[settings.task].head
+    with blame_model(settings):
+        for index in Path(settings.model).glob("*.index.json"):  # of a model in several files
             if any(Path(name).name != name for name in json.loads(index.read_bytes())["weight_map"].values()):
                 raise ValueError(f"{index} names files outside of the folder")
-        config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
         is_as_before = set_labels(config, head, labels)
-        tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
         model, loaded = head.from_pretrained(
             settings.model, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
             ignore_mismatched_sizes=True, output_loading_info=True)
         check_weights(settings, model, loaded, is_as_before)
-        if tokenizer.pad_token is None or len(tokenizer) > model.config.vocab_size:
-            raise ValueError("its tokenizer has no padding token, or more tokens than the model")
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever damaged or hostile files provoke
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        remedy = "--model takes a folder with config.json, model.safetensors and a tokenizer, or a hub name"
-        if isinstance(error, OSError) and constants.HF_HUB_OFFLINE and not folder.is_dir():
-            reason, remedy = "not in the local cache, and the hub is not reached", WITHOUT_HUB
-        raise UserError(f"cannot load model {settings.model!r} ({reason}): {remedy}") from None
     try:
         blocks = add_blocks(settings, model)
     except ValueError as error:
         raise UserError(f"--model {settings.model}: {error}; --method full may train it") from None
     embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     taken = getattr(embeddings, "padding_idx", None)  # where positions are counted from the one after it
-    positions = getattr(model.config, "max_position_embeddings", 0) - (0 if taken is None else taken + 1)
-    length = settings.max_length or TASKS[settings.task].max_length
-    if 0 < positions < length:
-        raise UserError(f"--max-length {length} is more than the model's {positions} positions")
-    return tokenizer, model, blocks
+    positions = getattr(config, "max_position_embeddings", 0) - (0 if taken is None else taken + 1)
+    if 0 < positions < settings.max_length:
+        raise UserError(f"--max-length {settings.max_length} is more than the model's {positions} positions")
+    return model, blocks
 
 
 def set_labels(config, head: type, labels: list) -> bool:
@@ -638,221 +744,6 @@ def save_weights(out: Path, settings, model: nn.Module, tokenizer) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A run's folder
-# ------------------------------------------------------------------------------------------------------------
-
-
-def fingerprint(rows: dict[str, list[dict]]) -> str:
-    """Of all rows, before any sample is drawn, so that it is the same for every seed."""
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def identity_of(settings: dict, data: str | None) -> dict:
-    """All that shaped a run, by the names that a user knows."""
-    return {f"--{name.replace('_', '-')}": value for name, value in settings.items()} | {
-        "data of fingerprint": data}
-
-
-def first_difference(then: dict, now: dict) -> str | None:
-    """The first setting of two runs, data included, that lets their results differ, if there is one."""
-    without_effect = ("--out", "--overwrite", "--save-every", "--device", "--data")
-    for name, value in now.items():
-        if name not in then:
-            return f"no {name} (an earlier version's)"
-        if then[name] != value and name not in without_effect:
-            return f"{name} {then[name]}, not {value}"
-
-
-def is_finished(out: Path, identity: dict) -> bool:
-    """Whether the folder holds this very run, finished; another one is refused unless --overwrite."""
-    path = out / "results.json"
-    if identity["--overwrite"] or not path.is_file():
-        return False
-    try:
-        results = json.loads(path.read_bytes())
-        other = first_difference(identity_of(results["settings"], results.get("data")), identity)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: pass --overwrite to start anew") from None
-    if other:
-        raise UserError(f"{out} holds a finished run with {other}: choose another --out or pass --overwrite")
-    return True
-
-
-def save_checkpoint(out: Path, identity: dict, learned: dict, optimizer, unfreezer: Unfreezer,
-                    state: dict, log_file: io.FileIO) -> None:
-    """Write checkpoint.pt: all that the rest of the run depends on, except the frozen base model."""
-    rng = {"cpu": torch.get_rng_state()}
-    if next(iter(learned.values())).is_cuda:
-        rng["cuda"] = torch.cuda.get_rng_state()
-    os.fsync(log_file)
-    save_tensors(out / "checkpoint.pt", {
-        "identity": identity, "learned": copied(learned), "optimizer": optimizer.state_dict(), "rng": rng,
-        "unfreezer": unfreezer.state_dict(), "state": state,
-        "log_bytes": os.fstat(log_file.fileno()).st_size})
-
-
-def restore(out: Path, identity: dict, learned: dict, optimizer, unfreezer: Unfreezer) -> dict | None:
-    """Continue from checkpoint.pt if there is one; returns the loop's state, or None."""
-    path, log = out / "checkpoint.pt", out / "log.jsonl"
-    if identity["--overwrite"] or not path.exists():
-        return None
-    device = next(iter(learned.values())).device
-    size = sum(parameter.numel() * parameter.element_size() for parameter in learned.values())
-    try:
-        saved = load_tensors(path, 5 * size + 2**24, device)  # weights, best weights, AdamW's two moments
-        if other := first_difference(saved["identity"], identity):
-            raise UserError(f"{path} is of a run with {other}: give the same options and data, or pass "
-                            "--overwrite to start anew")
-        state = saved["state"]
-        assert 0 < state["step"] <= identity["--steps"] and log.stat().st_size >= saved["log_bytes"]
-        put(saved["learned"] if state["best"] is None else state["best"], learned)  # both must fit
-        put(saved["learned"], learned)
-        optimizer.load_state_dict(saved["optimizer"])
-        assert all(value.shape in ((), parameter.shape) for parameter, moments in optimizer.state.items()
-                   for value in moments.values())
-        saved["unfreezer"]["generator"] = saved["unfreezer"]["generator"].cpu()
-        unfreezer.load_state_dict(saved["unfreezer"])
-        torch.set_rng_state(saved["rng"]["cpu"].cpu())
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
-    except UserError:
-        raise
-    except Exception as error:  # whatever a damaged file provokes
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{path} ({type(error).__name__}) or log.jsonl is damaged: pass --overwrite to start "
-                        "anew") from None
-    os.truncate(log, saved["log_bytes"])  # what was logged after the checkpoint is done again
-    print(f"continuing from step {state['step']}", flush=True)
-    return state
-
-
-def start_anew(out: Path) -> dict:
-    """Clear away what an earlier run left in its folder; returns the loop's state at the start."""
-    for name in ("checkpoint.pt", "results.json"):
-        (out / name).unlink(missing_ok=True)
-    for name in ("adapter", "head", "model", "predictions"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    os.truncate(out / "log.jsonl", 0)
-    return {"step": 0, "losses": [], "averages": [], "seconds": 0, "best": None}
-
-
-def write_lines(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-
-
-def run_folder(settings: Settings) -> Path:
-    """Where the run goes: a new folder, or one that holds a run."""
-    kind = "-lora" if settings.adapter == "lora" and settings.method != "full" else ""
-    kind += f"-{settings.train_examples}" if settings.train_examples else ""
-    kind += f"-{settings.fisher_labels}" if settings.fisher_labels != "sampled" else ""
-    kind += f"-{settings.first}" if settings.first else ""
-    task = TASKS[settings.task]
-    run = f"/{settings.language}" if task.trains_language else f"{kind}-{settings.method}-{settings.seed}"
-    model, data = Path(settings.model), Path(settings.data or "")
-    name = f"{settings.task}-{model.name}"
-    if not task.trains_language and not task.hub:
-        is_demo = model.parts[-2:] == ("demo", "model") and data.parts[-2:] == ("demo", "data")
-        name = "demo" if is_demo else f"{name}-{data.resolve().name}"
-    out = Path(settings.out or f"runs/{name}{run}")
-    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if found and not found & {"results.json", "log.jsonl"}:
-        raise UserError(f"{out} holds files that are not a run's: choose another --out")
-    return out
-
-
-def claim(out: Path) -> io.FileIO:
-    """Open log.jsonl to append, for this process alone until it ends, however it ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    log_file = (out / "log.jsonl").open("ab", buffering=0)
-    try:
-        fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is at work in {out}: let it finish, or choose another --out")
-    return log_file
-
-
-def introduce(settings: Settings, splits: dict, encoded: dict, blocks: int, languages: dict, sources: dict,
-              device: torch.device) -> None:
-    """Print the resolved settings, so that nothing that shaped a run is hidden."""
-    first = ", top block first" if settings.first else ""
-    every = f"{settings.eval_every} steps" if settings.eval_every else "epoch"
-    print(f"\n{settings.task}, {settings.method}{first}: {len(splits['train'])} training examples in "
-          f"{len(encoded['train'])} sequences, {settings.steps} steps of {settings.batch_size}, lr "
-          f"{settings.lr:g} {settings.decay}, k {settings.k}, {blocks} blocks, {settings.max_length} tokens, "
-          f"seed {settings.seed}, {device} in {settings.precision}; {len(splits['validation'])} validation "
-          f"examples every {every}; test languages {' '.join(languages) or 'none'}")
-    is_mixed = settings.language_adapters.startswith("auto,")
-    own = [language + f" ({place})" * (is_mixed and not place.startswith("AdapterHub/"))
-           for language, place in sources.items()]
-    lacking = [language for language, stacked in languages.items() if language != stacked]
-    if own:
-        print(f"language adapters: {' '.join(own)}" + (
-            f"; none for {' '.join(lacking)}, tested with the English one" if lacking else ""))
-    elif languages and settings.language_adapters != "none" and settings.method != "full":
-        print(f"no language adapters for {settings.model}; --language-adapters FOLDER adds them")
-    if unreachable := TASKS[settings.task].unreachable:
-        counts = {name: unreachable(rows, encoded[name]) for name, rows in splits.items()}
-        print("answers in no window + answers that begin or end inside a token, of all: " + ", ".join(
-            f"{name} {lost} + {inexact} of {len(splits[name])}" for name, (lost, inexact) in counts.items()))
-    last = settings.k * {"standard": 0, "none": 0, "full": 0, "lpft": 1}.get(settings.method, blocks - 1)
-    if last >= settings.steps > 0:
-        print(f"note: k {settings.k} would open the last block at step {last} of {settings.steps}; lower --k")
-    sys.stdout.flush()
-
-
-def describe(settings: Settings, scores: dict[str, dict]) -> dict:
-    """The part of results.json that follows from settings and scores."""
-    targets = [score for language, score in scores.items() if language != "en"]
-    return {
-        "task": settings.task, "method": settings.method,
-        "adapter": "none" if settings.method == "full" else settings.adapter,
-        "model": settings.model, "seed": settings.seed, "k": settings.k, "steps": settings.steps,
-        "scores": scores,
-        "average": {name: mean(score[name] for score in targets) for name in targets[0]} if targets else {},
-        "settings": dataclasses.asdict(settings),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": transformers.__version__}}
-
-
-def conclude(out: Path, results: dict, metric: str) -> None:
-    line = f"validation {results['validation'][metric]:.1f} (untrained {results['untrained'][metric]:.1f})"
-    if results["scores"]:
-        line += f"; English {results['scores']['en'][metric]:.1f}"
-    if results["average"]:
-        line += f", mean of {len(results['scores']) - 1} target languages {results['average'][metric]:.1f}"
-    print(f"{out}: {metric}: {line}; {results['wall_seconds']:.0f} s")
-
-
-def fisher_batches(settings: Settings, examples: list, generator: torch.Generator, collate: Callable) -> list:
-    """Randomly drawn training batches for one measurement (all, if there are fewer), grouped by length, but
-    not for the official estimator, whose value depends on the grouping: a loader shuffles."""
-    size = settings.batch_size
-    order = torch.randperm(len(examples), generator=generator)[: settings.fisher_batches * size].tolist()
-    chosen = [examples[i] for i in order]
-    if settings.fisher_labels != "official":
-        chosen.sort(key=tokens_of)
-    return [collate(chosen[start : start + size]) for start in range(0, len(chosen), size)]
-
-
-def report_trace(log: Callable, step: int, trace: list[float], trainable: list[int], averages: list[float]):
-    """Log and print tr(F): a number per block, bottom to top, and its mean over the open blocks, the paper's
-    curve. The log has the moving average over ten measurements too."""
-    average = mean(trace[block] for block in trainable) if trainable else None
-    averages += [average] if trainable else []
-    smooth = mean(averages[-10:]) if averages else None
-    log("fisher", step, trace=trace, trainable=trainable, average=average, moving_average=smooth)
-    if step == 0:
-        names = "".join(f"{'b' + str(block):>6} " for block in range(len(trace)))
-        tqdm.write("tr(F) of each block, b0 at the bottom, * open; average: the mean over the open blocks")
-        tqdm.write(f" step  average |{names}")
-    cells = (f"{value:.2g}".removeprefix("0") or "0" for value in trace)
-    row = "".join(f"{cell:>6}{'*' if block in trainable else ' '}" for block, cell in enumerate(cells))
-    tqdm.write(f"{step:>5} {'-' if average is None else format(average, '.3g'):>8} |{row}")
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
@@ -868,7 +759,9 @@ def parse(arguments: list[str]) -> Settings:
     parser.error = refuse
     parser.add_argument("task", choices=list(TASKS), help="or `report FOLDER…`: tables over finished runs")
     for entry in dataclasses.fields(Settings)[1:]:
-        parser.add_argument("--" + entry.name.replace("_", "-"), default=entry.default, **entry.metadata)
+        choices = {"choices": [*SELECT, "full"]} if entry.name == "method" else {}  # new ones of a user, too
+        parser.add_argument("--" + entry.name.replace("_", "-"), default=entry.default,
+                            **entry.metadata, **choices)
     parser.add_argument("--bf16", action="store_const", const="bf16", dest="precision",
                         help="short for --precision bf16")
     given = vars(parser.parse_args(arguments))
@@ -914,9 +807,24 @@ def keep_freed_memory() -> None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Also in the words of PyTorch's allocator on a CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+def note_stop_signals() -> list[int]:
+    """From now on a stop signal is noted in the list returned; a second one stops at once."""
+    asked: list[int] = []
+
+    def note(number: int, _) -> None:
+        asked.append(number)
+        on_stop_signals(stop_now)
+
+    on_stop_signals(note)
+    return asked
+
+
+@contextlib.contextmanager
+def stopping_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    on_stop_signals(stop_now)
+    yield
+    on_stop_signals(before)
 
 
 def on_stop_signals(act: Callable) -> None:

@@ -119,7 +119,7 @@ def base() -> None:
     import unfreeze
     from adapters import add_task_adapters
     from fisher import fisher_trace
-    from extras import packing
+    from extras import graphs, packing
     from tasks import TASKS, pad, predict, tokens_of
     unfreeze.keep_freed_memory()
     device, task = unfreeze.device_of(unfreeze.parse(["xnli"])), TASKS["xnli"]
@@ -133,32 +133,45 @@ def base() -> None:
     optimizer = torch.optim.AdamW(learned, lr=1e-5, weight_decay=0.0, fused=True)
     packing.allow_packing(model)
     tokenizer = SimpleNamespace(pad_token_id=1, pad_token_type_id=0, padding_side="right")
-    collate = partial(packing.batch_on, device, model, partial(pad, tokenizer=tokenizer))
+    make = partial(pad, tokenizer=tokenizer)
+    collate = partial(packing.batch_on, device, model, make)
+    collate_wide = partial(packing.batch_on, device, model, partial(graphs.widened, make, tokenizer, 128),
+                           multiple=graphs.TOKENS)
     batches = [sorted(pairs_like_mnli(4 * ROWS), key=tokens_of) for _ in range(8)]
+
+    def run(batch: dict, precision: str) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = task.loss(model, batch)
+        loss.backward()
+        return loss.detach()
 
     def step(kind: str, count: int, precision: str) -> None:
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         model.train()
         open_top(blocks, count)
-        batch = collate(batches[turn[kind] % len(batches)], is_packed=kind == "packed")  # all kinds the same
+        rows = batches[turn[kind] % len(batches)]  # all kinds the same
         turn[kind] += 1
-        if kind == kinds[0]:
-            batch = padded_to_128(batch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = task.loss(model, batch)
-        loss.backward()
+        if kind == "packed, CUDA graph":
+            graphed[precision, count](collate_wide(rows))
+        else:
+            batch = collate(rows, is_packed=kind == "packed")
+            run(padded_to_128(batch) if kind == "padded to 128" else batch, precision)
         update(optimizer)
 
-    kinds, turn = ("padded to 128", "padded to the longest", "packed"), defaultdict(int)
+    kinds, turn = ["padded to 128", "padded to the longest", "packed"], defaultdict(int)
+    if device.type == "cuda":
+        kinds.append("packed, CUDA graph")
     real = mean(sum(map(tokens_of, batch)) for batch in batches)
     print("ms a step (over padding to 128), and GiB at the peak beyond the weights, by kind of batch; XLM-R "
           f"base, {4 * ROWS} pairs as long as MNLI's ({real:.0f} tokens a batch), {describe(model)}")
-    print("| precision | open | " + " | ".join(kinds) + " | peak memory |\n|---|---|" + "---|" * 4)
+    print("| precision | open | " + " | ".join(kinds) + " | peak memory |")
+    print("|---|---|---|" + "---|" * len(kinds))
     for precision in ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16"):
         for count in (LAYERS, 1):
-            run = {kind: partial(step, kind, count, precision) for kind in kinds}
-            ratios, ms = median_ratios(run, kinds[0])
-            memory = [peak_memory(variant) / 2**30 for variant in run.values()]
+            steps = {kind: partial(step, kind, count, precision) for kind in kinds}
+            graphed = {(precision, count): graphs.Graphed(partial(run, precision=precision), learned)}
+            ratios, ms = median_ratios(steps, kinds[0])
+            memory = [peak_memory(variant) / 2**30 for variant in steps.values()]
             print(f"| {precision} | {count} | " + " | ".join(
                 f"{ratios[kind] * ms:.1f} ({ratios[kind]:.2f})" for kind in kinds) + " | "
                 + ", ".join(f"{gib:.2f}" for gib in memory) + " |", flush=True)
@@ -274,10 +287,11 @@ def epoch(data: str, folder: str) -> None:
     task = TASKS["xnli"]
     settings = unfreeze.parse(["xnli", "--data", data, "--model", folder, "--test-examples", str(2 * BATCHES),
                                "--train-examples", str(BATCHES * ROWS), "--batch-size", str(ROWS),
-                               "--fisher-batches", "4"])
+                               "--fisher-batches", "4", "--max-length", "128"])
     rows, labels = load_data(settings)
     splits = sampled(rows, settings)
-    tokenizer, model, blocks = unfreeze.load_model(settings, labels)
+    tokenizer, config = unfreeze.load_tokenizer(settings)
+    model, blocks = unfreeze.build_model(settings, config, labels)
     packing.allow_packing(model)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-5, weight_decay=0.0, fused=True)

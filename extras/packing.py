@@ -22,21 +22,31 @@ class Packing:
     are counted by the embeddings, which see the padded batch.
 
     mask: [B, T], on the CPU, so that nothing waits for the device, to which `move` takes a tensor. Attention
-    sees `rows` sequences at a time, padded to their longest."""
+    sees `rows` sequences at a time, padded to their longest. So much padding stays, too, that the number of
+    tokens is a multiple of `multiple`."""
 
-    def __init__(self, mask: torch.Tensor, move: Callable, rows: int):
-        self.shape, self.index = mask.shape, move(places(mask))  # [N]
-        groups = [group[:, group.any(0)] for group in mask.split(rows)]  # [rows, longest]
-        self.groups = [(move(group), move(places(group)), move(numbers(group))) for group in groups]
+    def __init__(self, mask: torch.Tensor, move: Callable, rows: int, multiple: int = 1):
+        kept = mask.clone()
+        kept[tuple((~mask).nonzero()[: -int(mask.sum()) % multiple].T)] = True
+        self.shape, self.index, self.groups = mask.shape, move(places(kept)), []  # index: [N]
+        for real, here in zip(mask.split(rows), kept.split(rows)):
+            if len(mask) > rows:  # the others are as long as the batch
+                real, here = (group[:, here.any(0)] for group in (real, here))  # [rows, longest]
+            keys = None if real.all() else move(real[:, None, None])
+            ways = None if here.all() else [move(x) for x in (numbers(here), places(here), here.view(-1, 1, 1))]
+            self.groups.append((real.shape, int(here.sum()), keys, ways))
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.index, *(x for *_, keys, ways in self.groups for x in (keys, *(ways or ())) if x is not None)]
 
 
 def places(mask: torch.Tensor) -> torch.Tensor:
-    """[B, T] -> [N]: of the real tokens in the padded batch."""
+    """[B, T] -> [N]: of the kept tokens in the padded batch."""
     return mask.flatten().nonzero()[:, 0]
 
 
 def numbers(mask: torch.Tensor) -> torch.Tensor:
-    """[B, T] -> [B T]: of the real token at each place; any at one of padding."""
+    """[B, T] -> [B T]: of the kept token at each place; any at one of other padding."""
     return (mask.flatten().cumsum(0) - 1).clamp(min=0)
 
 
@@ -92,23 +102,20 @@ def packed_attention(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: tor
     if packing is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, dropout, scaling, **keywords)
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [N, heads, d]
-    sizes, outputs = [len(place) for _, place, _ in packing.groups], []
-    for (group, place, number), *parts in zip(packing.groups, *(x.split(sizes) for x in (q, k, v))):
-        is_full = len(place) == group.numel()
-        if not is_full:  # [n, heads, d] -> [rows * longest, heads, d]
-            parts = [Moved.apply(x, number, place, None) for x in parts]
-        parts = [x.unflatten(0, group.shape).transpose(1, 2) for x in parts]  # [rows, heads, longest, d]
-        mask = None if is_full else group[:, None, None]
-        output = scaled_dot_product_attention(*parts, mask, dropout, scale=scaling)
+    sizes, outputs = [tokens for _, tokens, *_ in packing.groups], []
+    for (shape, _, keys, ways), *parts in zip(packing.groups, *(x.split(sizes) for x in (q, k, v))):
+        if ways:
+            number, place, is_kept = ways
+            parts = [Moved.apply(x, number, place, None) for x in parts]  # -> [rows * longest, heads, d]
+        parts = [x.unflatten(0, shape).transpose(1, 2) for x in parts]  # [rows, heads, longest, d]
+        output = scaled_dot_product_attention(*parts, keys, dropout, scale=scaling)
         output = output.transpose(1, 2).flatten(0, 1)  # [rows * longest, heads, d]
-        if not is_full:
-            output = Moved.apply(output, place, number, group.flatten()[:, None, None])
-        outputs.append(output)
+        outputs.append(Moved.apply(output, place, number, is_kept) if ways else output)
     return torch.cat(outputs)[None], None
 
 
 def batch_on(device: torch.device, model: nn.Module, make: Callable, examples: list[dict],
-             is_packed: bool = True) -> dict:
+             is_packed: bool = True, multiple: int = 1) -> dict:
     """The examples as one batch on the device, without a wait for it; packed if the model allows it."""
 
     def move(value: torch.Tensor) -> torch.Tensor:
@@ -120,5 +127,5 @@ def batch_on(device: torch.device, model: nn.Module, make: Callable, examples: l
         if mask.all():
             del batch["attention_mask"]
         elif is_packed:
-            packing["packing"] = Packing(mask, move, GROUP_ROWS.get(device.type, len(mask)))
+            packing["packing"] = Packing(mask, move, GROUP_ROWS.get(device.type, len(mask)), multiple)
     return {key: move(value) for key, value in batch.items()} | packing

@@ -1,0 +1,372 @@
+"""fisher.py on models of all sorts: each measures what a loop over single examples does, or is refused."""
+
+import copy
+import shutil
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from torch.nn.utils.prune import l1_unstructured
+
+import fisher
+from adapters import add_task_adapters
+from extras.conftest import (ADAPTERHUB, HERE, batch, needs_adapterhub, randomise, run_alone, tiny_model)
+from fisher import fisher_diagonal, fisher_trace
+
+
+# ---- models of all sorts against a loop over examples ------------------------------------------------------
+
+
+class Tangled(nn.Module):
+    """Weights shared within and across kinds of layers, bare parameters, repeated calls, in-place changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(9, 4, padding_idx=0), nn.Linear(4, 9, bias=False)
+        self.one, self.two, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+        self.out.weight, self.two.weight = self.embedding.weight, self.one.weight
+        self.scale = nn.Parameter(torch.randn(4))
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, input_ids):
+        h = self.norm(self.embedding(input_ids))  # [B, T, 4]
+        h = self.act(self.one(input=h)) + self.two(h) + self.one(h.flip(1))
+        h = h + self.norm(h)
+        h *= 2
+        return self.out(self.scale * h.mean(1))  # [B, 9], a plain tensor
+
+
+@pytest.mark.filterwarnings("ignore:parameters in")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_shared_weights_bare_parameters_repeated_calls_and_in_place_changes(frozen):
+    torch.manual_seed(0)
+    model, ids = Tangled(), torch.tensor([[1, 2, 2], [3, 1, 0], [5, 5, 5], [8, 0, 0]])
+    expected = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for row in ids:
+        log_p = model(row[None])[0].log_softmax(-1)
+        for y in range(9):
+            gradients = torch.autograd.grad(log_p[y], list(model.parameters()), retain_graph=True)
+            for name, gradient in zip(expected, gradients):
+                expected[name] += log_p[y].detach().exp() * gradient.square() / 4
+    model.requires_grad_(not frozen)
+    found = fisher_diagonal(model, [{"input_ids": ids}], [model], "exact")[0]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7)
+    trace = fisher_trace(model, [{"input_ids": ids}], [model.one, model], "exact").float()
+    sums = {name: value.sum() for name, value in expected.items()}
+    expected = torch.stack([sums["one.weight"] + sums["one.bias"], sum(sums.values())])
+    torch.testing.assert_close(trace, expected)
+    with pytest.warns(UserWarning, match="parameters in Embedding, Linear, Tangled take a backward pass per"):
+        fisher_trace(model, [{"input_ids": ids}], [model])
+
+
+class Positions(nn.Module):
+    """An embedding that is looked up once for the whole batch; `flipped`: what a layer sees is [T * B, H]."""
+
+    def __init__(self, flipped: bool):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(60, 6), nn.Embedding(40, 6)
+        self.mix, self.out, self.flipped = nn.Linear(6, 6), nn.Linear(6, 3), flipped
+
+    def forward(self, input_ids):
+        h = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1]))  # [B, T, 6]
+        if self.flipped:
+            h = h.transpose(0, 1).flatten(0, 1)  # [T * B, 6], tokens first
+        h = torch.tanh(self.mix(h))
+        if self.flipped:
+            h = h.unflatten(0, input_ids.shape[::-1]).transpose(0, 1)
+        return self.out(h.mean(1))
+
+
+class Sidestepped(nn.Module):
+    """A weight that is used by its layer, and once more without it."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.one, self.out = nn.Embedding(60, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, input_ids):
+        h = self.tokens(input_ids).mean(1)
+        return self.out(torch.tanh(self.one(h)) + linear(h, self.one.weight))
+
+
+class GatedLoRA(nn.Module):
+    """It has the names of a LoRA, and adds something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.zeros(6, 2))
+        self.scaling = 1.0
+
+    def forward(self, h):
+        return h + torch.sigmoid(h) * (h @ self.lora_A.T @ self.lora_B.T)
+
+
+class Experts(nn.Module):
+    """Each token goes to the expert of its number; a gate is a parameter without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.gate = nn.Embedding(60, 6, max_norm=1.0), nn.Parameter(torch.tensor(0.7))
+        self.experts, self.out = nn.ModuleList(nn.Linear(6, 6) for _ in range(9)), nn.Linear(6, 3)
+
+    def forward(self, input_ids):
+        h = self.tokens(input_ids)
+        mixed = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):  # most get no token, which is a call with no rows
+            mixed[input_ids % 9 == number] = expert(h[input_ids % 9 == number])
+        with torch.no_grad():
+            h = self.out(h)  # no gradient reaches the weights by this call
+        return {"logits": self.out(torch.tanh(self.gate * mixed).mean(1)) + h.mean(1)}
+
+
+class SortedByLength(nn.Module):
+    """Runs the batch in another order, as code for padded sequences does."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.out = nn.Embedding(60, 6), nn.Linear(6, 3)
+
+    def forward(self, input_ids):
+        order = input_ids[:, 0].argsort(descending=True)
+        return self.out(torch.tanh(self.tokens(input_ids[order])).mean(1))[order.argsort()]
+
+
+def on_tokens(change) -> nn.Module:
+    layer = change(nn.Linear(6, 6))
+    return nn.Sequential(nn.Embedding(60, 6), layer, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
+
+
+def hooked(layer: nn.Linear) -> nn.Linear:
+    layer.register_forward_pre_hook(lambda _, inputs: (3 * inputs[0],))
+    layer.register_forward_hook(lambda _, inputs, output: output * inputs[0].sum(-1, keepdim=True))
+    return layer
+
+
+def patched(layer: nn.Linear) -> nn.Linear:
+    layer.forward = lambda x: linear(x, layer.weight**2, layer.bias)
+    return layer
+
+
+def deberta(**settings) -> nn.Module:
+    return tiny_model("DebertaV2", relative_attention=True, position_buckets=4, pos_att_type=["p2c", "c2p"],
+                      norm_rel_ebd="layer_norm", share_att_key=True, position_biased_input=False,
+                      type_vocab_size=0, num_hidden_layers=2, **settings)
+
+
+ODD_LAYERS = {
+    "weight norm": lambda: on_tokens(nn.utils.weight_norm),
+    "parametrised weight norm": lambda: on_tokens(nn.utils.parametrizations.weight_norm),
+    "spectral norm": lambda: on_tokens(nn.utils.spectral_norm),
+    "parametrised spectral norm": lambda: on_tokens(nn.utils.parametrizations.spectral_norm),
+    "pruning": lambda: on_tokens(lambda layer: l1_unstructured(layer, "weight", 0.5)),
+    "hooks that change input and output": lambda: on_tokens(hooked),
+    "a forward of its own": lambda: on_tokens(patched),
+    "positions of the whole batch": lambda: Positions(flipped=False),
+    "tokens first": lambda: Positions(flipped=True),
+    "a weight beside its layer": Sidestepped,
+    "names of a LoRA": lambda: on_tokens(lambda layer: GatedLoRA()),
+    "relative positions of DeBERTa": deberta,
+    "experts": Experts,
+    "sorted": SortedByLength,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows, tokens", [(1, 4), (4, 4), (4, 7), (4, 8)])
+@pytest.mark.parametrize("name", ODD_LAYERS)
+def test_layers_of_other_kinds_measure_what_a_loop_over_examples_does(name, rows, tokens):
+    torch.manual_seed(0)
+    model, batches = ODD_LAYERS[name](), [torch.randint(5, 60, (rows, tokens)) for _ in range(2)]
+    key = "input" if isinstance(model, nn.Sequential) else "input_ids"
+    model(**{key: batches[0]})  # fills the lazy layer
+    model.eval()
+    expected = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for row in torch.cat(batches):
+        output = model(**{key: row[None]})
+        log_p = (output if torch.is_tensor(output) else output["logits"])[0].log_softmax(-1)
+        for value in log_p:
+            gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True,
+                                            allow_unused=True)
+            for total, gradient in zip(expected.values(), gradients):
+                total += 0 if gradient is None else value.detach().exp() * gradient.square() / (2 * rows)
+    batches = [{key: ids} for ids in batches]
+    found = fisher_diagonal(model, batches, [model], "exact")[0]
+    scale = sum(value.sum() for value in expected.values())
+    for name, value in expected.items():
+        assert (found[name] - value).abs().sum() <= 1e-5 * scale, name
+    assert fisher_trace(model, batches, [model], "exact").item() == pytest.approx(scale.item(), rel=1e-4)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_a_sequential_model_autocast_checkpointing_chunks_and_meta(monkeypatch):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, expected = torch.randn(4, 6), 0
+    for row in x:
+        log_p = plain(row).log_softmax(-1)
+        for y in range(3):
+            gradient = torch.autograd.grad(log_p[y], plain[0].weight, retain_graph=True)[0]
+            expected += log_p[y].detach().exp() * gradient.square() / 4
+    found = fisher_diagonal(plain, [{"input": x}], [plain], "exact")[0]["0.weight"]
+    torch.testing.assert_close(found, expected)
+
+    model = tiny_model().eval()
+    blocks, inputs = [*randomise(add_task_adapters(model, 4)), model.roberta.embeddings], batch(5, 30)
+    trace = fisher_trace(model, [inputs], blocks, "exact")
+    diagonal = fisher_diagonal(model, [inputs], blocks, "exact")
+    monkeypatch.setattr(fisher, "CHUNK", 100)
+    torch.testing.assert_close(fisher_trace(model, [inputs], blocks, "exact"), trace)
+    for one, two in zip(fisher_diagonal(model, [inputs], blocks, "exact"), diagonal):
+        assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-9) for name in two)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = fisher_trace(model, [inputs], blocks, "exact")
+    torch.testing.assert_close(rough, trace, rtol=0.1, atol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the new name is not in transformers 4.57
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(fisher_trace(model.train(), [inputs], blocks, "exact"), trace)
+    always = Checkpointed().requires_grad_(False)
+    trace = fisher_trace(always, [{"x": x}], [always.inner[2]], "exact")
+    torch.testing.assert_close(trace, fisher_trace(always.inner, [{"input": x}], [always.inner[2]], "exact"))
+    model.to("meta")
+    inputs = {"input_ids": inputs["input_ids"].to("meta")}
+    for labels in ("sampled", "exact", "official"):
+        assert fisher_trace(model, [inputs], blocks, labels).is_meta
+
+
+class Merging(nn.Linear):
+    """As some LoRAs: `eval()` adds a part to the weight, `train()` takes it away again."""
+
+    merged = False
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += -1 if mode else 1
+            self.merged = not mode
+        return self
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_that_merge_in_eval_mode_come_back_as_they_were(training):
+    model = nn.Sequential(Merging(8, 4), nn.Tanh(), nn.Linear(4, 3)).train()
+    model[0].train(training)
+    before = model[0].merged, model[0].weight.detach().clone()
+    fisher_trace(model, [{"input": torch.randn(4, 8)}], [model[2]])
+    assert (model[0].merged, model.training, model[0].training) == (before[0], True, training)
+    assert torch.equal(model[0].weight, before[1])
+    table = nn.Embedding(9, 3, max_norm=0.1)  # forward shortens its rows
+    before = table.weight.detach().clone()
+    with pytest.warns(UserWarning, match="parameters in Embedding take a backward pass per example"):
+        fisher_trace(table, [{"input": torch.arange(5)}], [table])
+    assert torch.equal(table.weight, before)
+
+
+def test_inference_mode_and_a_wrapped_model_measure_the_same():
+    model = tiny_model()
+    blocks = randomise(add_task_adapters(model))
+    expected = fisher_trace(model, [batch()], blocks)
+    with torch.inference_mode():
+        inputs = {key: value.clone() for key, value in batch().items()}  # autograd may not save these
+        assert torch.equal(fisher_trace(model, [inputs], blocks), expected)
+        soft = nn.Sequential(nn.Linear(3, 3))
+        with pytest.raises(ValueError, match="made inside torch.inference_mode"):
+            fisher_trace(soft, [{"input": torch.randn(2, 3)}], [soft])
+    wrapped = nn.DataParallel(model, device_ids=[])  # on the CPU, also where there is a CUDA device
+    assert torch.equal(fisher_trace(wrapped, [batch()], blocks), expected)
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------
+
+
+def test_impossible_measurements_are_refused():
+    model = tiny_model()
+    blocks = add_task_adapters(model)
+    broken = copy.deepcopy(model)
+    nn.init.constant_(broken.classifier.out_proj.bias, float("nan"))
+    unlabelled = {"input_ids": batch()["input_ids"]}
+    unused, tagger = tiny_model(), tiny_model(head="TokenClassification")
+    unused.spare = nn.Linear(2, 2)
+    for call, message in [(lambda: fisher_trace(model, [], blocks), "no batches"),
+                          (lambda: fisher_trace(model, [batch()], [nn.ReLU()]), "block 0 has no parameters"),
+                          (lambda: fisher_trace(model, [batch()], [nn.Linear(2, 2)]), "no block is part of"),
+                          (lambda: fisher_trace(unused, [batch()], [unused.spare]), "no block took part"),
+                          (lambda: fisher_trace(model, [unlabelled], blocks, "gold"), "'gold' needs 'lab"),
+                          (lambda: fisher_trace(tagger, [batch()], [tagger.classifier]), r"must be \[B, C\]"),
+                          (lambda: fisher_trace(model, [batch()], blocks, "golden"), "labels must be one of"),
+                          (lambda: fisher_trace(broken, [batch()], [broken.classifier.dense]), "not finite"),
+                          (lambda: fisher_trace(model.roberta, [batch()], blocks), "no `logits`")]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+class Mixing(nn.Module):
+    """No example has an output of its own."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.out, self.mix = nn.Linear(4, 3), mix
+
+    def forward(self, x):
+        return self.out(self.mix(x))
+
+
+def test_what_has_no_fisher_information_of_single_examples_is_refused():
+    torch.manual_seed(0)
+    centred, summed = Mixing(lambda x: x - x.mean(0)), Mixing(lambda x: x.cumsum(0))  # the first row stays
+    detached = Mixing(lambda x: x)
+    detached.register_forward_hook(lambda _, inputs, output: output.detach())
+    counted, single = nn.Embedding(9, 3, scale_grad_by_freq=True), Mixing(lambda x: torch.eye(5) @ x)
+    regression, x = nn.Linear(4, 1), torch.randn(5, 4)
+    tuples, several = tiny_model(), tiny_model(problem_type="multi_label_classification")
+    tuples.config.return_dict = False
+    half_used = nn.Sequential(nn.Linear(4, 3))
+    half_used.spare = nn.Linear(2, 2)
+    half_used.forward = lambda input: half_used[0](input)
+    for model, inputs, blocks, message in [
+            (centred, {"x": x}, [centred.out], "another output alone than in a batch"),
+            (summed, {"x": x}, [summed.out], "another output alone than in a batch"),
+            (detached, {"x": x}, [detached.out], "no block took part"),
+            (single, {"x": x}, [single.out], "does not run on one example alone"),
+            (counted, {"input": torch.arange(5)}, [counted], "scale_grad_by_freq"),
+            (regression, {"input": x}, [regression], "of two classes|two classes or more"),
+            (several, batch(), [several.classifier], "made for multi_label_classification"),
+            (tuples, batch(), [tuples.classifier], "returned a tuple: set `model.config.return_dict = True`"),
+            (half_used, {"input": x}, [half_used[0], half_used.spare], r"every block \(not 1\) took part")]:
+        inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        with pytest.raises(ValueError, match=message):
+            fisher_trace(model, [inputs], blocks)
+
+
+@pytest.mark.parametrize("python", [sys.executable, pytest.param(ADAPTERHUB, marks=needs_adapterhub)])
+def test_fisher_py_works_alone(python, tmp_path):
+    shutil.copy(HERE / "fisher.py", tmp_path)
+    run_alone("""
+import torch, transformers
+from fisher import fisher_diagonal, fisher_trace
+plain = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+config = transformers.XLMRobertaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2,
+                                       intermediate_size=32, num_attention_heads=2,
+                                       max_position_embeddings=40)
+encoder = transformers.XLMRobertaForSequenceClassification(config)
+ids = torch.randint(5, 60, (3, 7))
+for model, batch in ((plain, {"input": torch.randn(5, 3)}), (encoder, {"input_ids": ids})):
+    diagonal, = fisher_diagonal(model, [batch], [model], labels="exact")
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert {name: value.shape for name, value in diagonal.items()} == shapes
+    total = sum(value.double().sum() for value in diagonal.values())
+    trace = fisher_trace(model, [batch], [model], labels="exact")
+    torch.testing.assert_close(trace[0], total, rtol=1e-5, atol=0)
+""", tmp_path, python)
