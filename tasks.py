@@ -283,7 +283,7 @@ def encode_spans(rows: list[dict], tokenizer, max_length: int, labels: list) -> 
 
 
 def windows_of(row: dict, tokenizer, max_length: int) -> list[dict]:
-    """One question's, with its first answer where it is; a window between others covers what its tokens do."""
+    """One question's, with its first answer where it is; an inner window covers what its tokens do."""
     question = row["question"].strip()
     start = tokenizer(question, add_special_tokens=False, truncation=True, max_length=max_length // 4,
                       return_offsets_mapping=True)["offset_mapping"]

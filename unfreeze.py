@@ -251,7 +251,7 @@ def check(settings: Settings) -> None:
         raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     if settings.precision == "tf32" and device_of(settings).type != "cuda":
         raise UserError("--precision tf32 is for CUDA: use fp32 or bf16")
-    if settings.cuda_graphs and (device_of(settings).type != "cuda" or settings.task == "mlm"):
+    if settings.cuda_graphs and (device_of(settings).type != "cuda" or TASKS[settings.task].trains_language):
         raise UserError("--cuda-graphs is for tasks on a CUDA device: leave it out")
     if settings.epochs and settings.steps is not None:
         raise UserError("--epochs and --steps exclude each other: give one of them")
