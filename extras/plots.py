@@ -42,10 +42,7 @@ def plot(groups: dict[str, Methods], path: Path, panel: str | None) -> None:
         for part, (title, methods) in zip(parts, groups.items()):
             draw_group(part, title, methods, [[panel]] if panel else [["a", "d"], ["b", "d"], ["c", "d"]])
         buffer = io.BytesIO()
-        try:
-            figure.savefig(buffer, format=ending, dpi=160, metadata=UNDATED.get(ending))
-        except ValueError as error:  # a picture has at most 65,535 rows
-            raise UserError(f"--plot {path}: {error}; name fewer runs, or a .pdf") from None
+        figure.savefig(buffer, format=ending, dpi=160, metadata=UNDATED.get(ending))
     write_atomically(path, buffer.getvalue())
 
 
@@ -98,7 +95,9 @@ def draw_traces(axes, methods: Methods, styles: dict[str, dict]) -> None:
                   color=COLOURS["gu"], markersize=7)
         axes.text(steps[-1], 0.04, " gu opens a block", transform=axes.get_xaxis_transform(), va="center",
                   color=COLOURS["gu"], fontsize="small")
-    axes.set(yscale="log", ymargin=0.12, xlabel="training step", ylabel="tr(F)")
+    values = [event["average"] for runs in methods.values() for run in runs for event in run["traces"]]
+    axes.set(yscale="log" if max(values, default=0) > 0 else "linear")
+    axes.set(ymargin=0.12, xlabel="training step", ylabel="tr(F)")
 
 
 def draw_orders(axes, methods: Methods, styles: dict[str, dict]) -> None:
