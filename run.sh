@@ -32,39 +32,29 @@ set_up() {  # an active virtual environment or conda environment is used as it i
     source "$here/.venv/bin/activate"
 }
 
-results() {  # the front page's picture has four methods, the other one all runs
-    cd "$here"
-    python unfreeze.py report extras/results/demo-{standard,gu,fun,rev}-? --plot extras/results/demo.png > /dev/null
-    python unfreeze.py report extras/results/*/ --plot extras/results/study.png
-}
-
-task=${1:-help}
+task=${1:-help} method= every="standard gu lpft rand rev fun"
 shift $(($# > 0))
-method=
 if [[ $# -gt 0 && $1 != -* ]]; then
     method=$1
     shift
 fi
+[[ $task =~ ^(help|-h|--help)$ ]] && exec sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+set_up
 case $task in
-    help | -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" ;;
-    results) set_up && results ;;
-    test) set_up && cd "$here" && python -m pytest test_core.py ${method:+"$method"} "$@" ;;
+    test) cd "$here" && exec python -m pytest test_core.py extras ${method:+"$method"} "$@" ;;
+    results)  # the front page's picture is of four methods, the other one of all runs
+        cd "$here/extras/results"
+        python ../../unfreeze.py report demo.jsonl --plot demo.png > /dev/null
+        exec python ../../unfreeze.py report {demo-500,demo,demo-others,demo-lora,xnli,xquad}.jsonl --plot study.png ;;
     demo)
-        set_up
-        cd "$here"
-        python extras/demo.py
-        case $method in
-            "") set -- --method "standard gu fun" "$@" ;;
-            all) set -- --method "standard gu lpft rand rev fun" --seed "0 1 2 3" "$@" ;;
-            *) set -- --method "$method" "$@" ;;
-        esac
-        exec python unfreeze.py classify --model demo/model --data demo/data --fisher-every 20 "$@" ;;
-    *)
-        set_up
-        if [[ $method == all ]]; then
-            set -- --method "standard gu lpft rand rev fun full" --seed "0 1 2 3" "$@"
-        elif [[ $method ]]; then
-            set -- --method "$method" "$@"
-        fi
-        exec python "$here/unfreeze.py" "$task" "$@" ;;  # it gets the signals
+        cd "$here" && python extras/demo.py
+        task=classify method=${method:-standard gu fun}
+        set -- --model demo/model --data demo/data --fisher-every 20 "$@" ;;
+    *) every+=" full" ;;
 esac
+if [[ $method == all ]]; then
+    set -- --method "$every" --seed "0 1 2 3" "$@"
+elif [[ $method ]]; then
+    set -- --method "$method" "$@"
+fi
+exec python "$here/unfreeze.py" "$task" "$@"  # it gets the signals
