@@ -773,9 +773,9 @@ OLD_NAMES = (("layer_text_task_adapters.", "adapters."), ("layer_text_lang_adapt
              ("invertible_lang_adapters.", "invertible_adapters."))  # before adapter-transformers 2
 BOTTLENECK = {  # AdapterHub's name for all that one can vary: a Pfeiffer adapter's value, others in files
     "reduction_factor": (16, _is_number), "scaling": (1.0, _is_number), "leave_out": ([], _is_layers),
-    "non_linearity": ("relu", (*NON_LINEARITIES,)), "residual_before_ln": (True, _is_switch),
-    "original_ln_before": (True, _is_switch), "ln_before": (False, _is_switch), "ln_after": (False, _is_switch),
-    "adapter_residual_before_ln": (False, _is_switch), "inv_adapter": (None, ("nice",)),
+    "non_linearity": ("relu", (*NON_LINEARITIES,)), "original_ln_before": (True, _is_switch),
+    "ln_before": (False, _is_switch), "ln_after": (False, _is_switch), "inv_adapter": (None, ("nice",)),
+    "residual_before_ln": (True, _is_switch), "adapter_residual_before_ln": (False, _is_switch),
     "inv_adapter_reduction_factor": (None, lambda value: value is None or _is_number(value)),
     "mh_adapter": (False, ()), "output_adapter": (True, ()), "original_ln_after": (True, ()),
     "is_parallel": (False, ()), "use_gating": (False, ()), "cross_adapter": (False, ()), "dropout": (0.0, ()),
