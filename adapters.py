@@ -435,13 +435,12 @@ def _check_new(model: nn.Module, name: str) -> None:
 def _hook_invertible(model: nn.Module, record: AdapterRecord) -> None:
     base, decoder = model.base_model, _decoder(model)
     _link(model)
-    hooks = [module.register_forward_pre_hook(_link) for module in {base, model}]
-    hooks.append(base.embeddings.register_forward_hook(_after_embeddings))
-    if isinstance(decoder, nn.LayerNorm):
-        hooks.append(decoder.register_forward_hook(_before_decoder))
-    elif decoder is not None:
-        hooks.append(decoder.register_forward_pre_hook(_before_decoder))
-    record.handles += hooks
+    record.handles += [module.register_forward_pre_hook(_link) for module in {base, model}]
+    record.handles.append(base.embeddings.register_forward_hook(_after_embeddings))
+    if decoder is not None:
+        is_norm = isinstance(decoder, nn.LayerNorm)
+        register = decoder.register_forward_hook if is_norm else decoder.register_forward_pre_hook
+        record.handles.append(register(_before_decoder))
 
 
 def _link(model: nn.Module, *_) -> None:
@@ -588,9 +587,6 @@ def load_adapter(model: nn.Module, folder_or_hub_id: str | Path, name: str | Non
     facts = _read_facts(folder / "adapter_config.json", model)
     config = _read_config(folder, facts)
     weights = _read_weights(model, folder, "adapter.safetensors", "pytorch_adapter.bin")
-    for old, new in OLD_NAMES:
-        weights = {key.replace(old, new): value for key, value in weights.items()}
-    weights = {key.removeprefix(model.base_model_prefix + "."): value for key, value in weights.items()}
     if language is None and (facts.get("type") or not config.get("inv_adapter")):
         language = facts.get("type") == "text_lang"
     head_facts = {}
@@ -700,7 +696,7 @@ def load_tensors(path: Path, most_bytes: int, device: str | torch.device = "cpu"
 
 
 def _read_weights(model: nn.Module, folder: Path, *names: str) -> dict[str, torch.Tensor]:
-    """The tensors in the first of these files that exists."""
+    """The tensors in the first of these files that exists, by their names in the base model or the head."""
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} has no weights: neither {' nor '.join(names)}")
@@ -712,7 +708,9 @@ def _read_weights(model: nn.Module, folder: Path, *names: str) -> dict[str, torc
         else:
             weights = load_tensors(path, most_bytes)
         assert all(isinstance(key, str) and value.is_floating_point() for key, value in weights.items())
-    return weights
+    for old, new in OLD_NAMES:
+        weights = {key.replace(old, new): value for key, value in weights.items()}
+    return {key.removeprefix(model.base_model_prefix + "."): value for key, value in weights.items()}
 
 
 def _check_fit(folder: Path, expected: dict, weights: dict) -> None:

@@ -54,15 +54,13 @@ def fisher_trace(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modu
     call, an output without logits of two classes or more, missing gold labels, logits that are not finite,
     and a model in which one example of a batch changes the output of another.
     """
-    traces: dict[nn.Parameter, torch.Tensor] = {}
+    def trace(parameter: nn.Parameter, gradient: Factors) -> torch.Tensor:
+        return gradient.squared_norms().sum().double()  # Eq. 1: || grad log p(y|x) ||^2
 
-    def add(parameter: nn.Parameter, gradient: Factors) -> None:
-        traces[parameter] = traces.get(parameter, 0) + gradient.squared_norms().sum().double()
-
-    count = _accumulate(model, batches, blocks, labels, generator, add)
-    zero = torch.zeros_like(next(iter(traces.values()), torch.zeros((), dtype=torch.float64)))
-    return torch.stack([sum((traces.get(parameter, zero) for parameter in block.parameters()), zero)
-                        for block in blocks]) / count  # Eq. 1: the mean over x
+    sums, count = _accumulate(model, batches, blocks, labels, generator, trace)
+    zero = torch.zeros_like(next(iter(sums.values()), torch.zeros((), dtype=torch.float64)))
+    return torch.stack([sum((sums.get(parameter, zero) for parameter in block.parameters()), zero)
+                        for block in blocks]) / count  # Eq. 1: E_x
 
 
 def fisher_diagonal(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Module],
@@ -72,18 +70,16 @@ def fisher_diagonal(model: nn.Module, batches: Iterable[dict], blocks: list[nn.M
     Each tensor has its parameter's shape. Arguments, side effects (none) and errors as for `fisher_trace`,
     which is the sum of it, for less.
     """
-    squares: dict[nn.Parameter, torch.Tensor] = {}
+    def squares(parameter: nn.Parameter, gradient: Factors) -> torch.Tensor:
+        return gradient.squares(parameter.shape)
 
-    def add(parameter: nn.Parameter, gradient: Factors) -> None:
-        squares[parameter] = squares.get(parameter, 0) + gradient.squares(parameter.shape)
-
-    count = _accumulate(model, batches, blocks, labels, generator, add)
-    return [{name: squares.get(parameter, torch.zeros_like(parameter.detach())) / count
+    sums, count = _accumulate(model, batches, blocks, labels, generator, squares)
+    return [{name: sums.get(parameter, torch.zeros_like(parameter.detach())) / count
              for name, parameter in block.named_parameters()} for block in blocks]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The gradients of B examples for one parameter, as factors, and the squares of their elements
+# Equation 1: the gradients of single examples, as factors, and the loop over batches and labels
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -167,38 +163,27 @@ def _by_example(value: torch.Tensor, examples: int) -> torch.Tensor:
     return value.reshape(examples, -1, value.shape[-1])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The loop over batches: log p(y|x), the labels y, the gradients
-# ------------------------------------------------------------------------------------------------------------
-
-
 def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Module], labels: str,
-                generator: torch.Generator | None, add: Callable) -> int:
-    """Call add(parameter, gradient) for every batch, label and parameter; returns what to divide by."""
+                generator: torch.Generator | None, measure: Callable) -> tuple[dict, int]:
+    """The sum of measure(parameter, gradient) by parameter over batches and labels; and what to divide by."""
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}, not {labels!r}")
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
-    owners, examples, first, used, known = _owners(model, blocks), 0, 0, set(), set()
+    generator = generator or torch.Generator().manual_seed(0)
+    owners = _owners(model, blocks)
     slow = _without_formula(owners)
     _warn(slow, owners)
-    generator = generator or torch.Generator().manual_seed(0)
+    sums, examples, first, used = {}, 0, 0, set()
     with _restored(model), _recorder(model, owners, slow) as tape:
         tape.masked = labels != "official"
         for batch in batches:
             inputs = {key: _usable(value) for key, value in batch.items() if key not in TARGETS}
-            log_p, calls = _forward(tape, inputs)
+            log_p, calls = _checked_forward(tape, inputs)
             size = len(log_p[0])
             if not size:
                 continue
-            first = first or size
-            shapes = _shapes_of_an_example(calls, size)
-            if not examples or not shapes <= known:
-                known |= {shape for shape in shapes if shape[2] > 2}  # fewer: perhaps other rows next time
-                if unfit := _unfit(tape, inputs, log_p, calls):
-                    slow |= unfit
-                    _warn(unfit, owners)
-                    log_p, calls = _forward(tape, inputs)
+            examples, first = examples + size, first or size
             if log_p[0].requires_grad:
                 used.update(*(owners[module].values() for module in calls))
             draws = _draws(log_p, batch, labels, generator)
@@ -209,14 +194,13 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
                         gradient = type(gradient)(*(factor.flatten(0, 1)[None] for factor in gradient))
                         rows = size * len(log_p)  # of logits; and the root of the first batch's size
                         gradient = gradient._replace(g=gradient.g / (rows * first**0.5))
-                    add(parameter, gradient)
-            examples += size
+                    sums[parameter] = sums.get(parameter, 0) + measure(parameter, gradient)
     if not examples:
         raise ValueError("no batches: the Fisher information needs at least one example")
     if idle := [index for index, block in enumerate(blocks) if used.isdisjoint(block.parameters())]:
         who = "no block" if len(idle) == len(blocks) else f"not every block (not {', '.join(map(str, idle))})"
         raise ValueError(f"{who} took part in the model's forward pass")
-    return 1 if labels == "official" else examples
+    return sums, 1 if labels == "official" else examples
 
 
 def _forward(tape: SimpleNamespace, inputs: dict) -> tuple[list[torch.Tensor], dict]:
@@ -322,7 +306,7 @@ def _slow_gradients(chosen: torch.Tensor, slow: list[nn.Parameter]) -> Iterator:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What is measured, and how the model is left as it was
+# Robustness: any module, no mark left, and which layers do not see the examples apart
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -373,11 +357,11 @@ def _is_lora(module: nn.Module) -> bool:
     return module._parameters.keys() == {"lora_A", "lora_B"} and hasattr(module, "scaling")
 
 
-def _warn(slow: set[nn.Parameter], owners: dict[nn.Module, dict[str, nn.Parameter]]) -> None:
+def _warn(slow: set[nn.Parameter], owners: dict, stacklevel: int = 4) -> None:
     names = {type(module).__name__ for module, own in owners.items() if slow & set(own.values())}
     if names:
         warnings.warn(f"parameters in {', '.join(sorted(names))} take a backward pass per example: slow",
-                      stacklevel=4)
+                      stacklevel=stacklevel)
 
 
 @contextmanager
@@ -408,7 +392,8 @@ def _recorder(model: nn.Module, owners: dict, slow: set) -> Iterator[SimpleNames
     """While `tape.on`, `tape.calls` gets by module each call's input, its version, and the output's place in
     the graph (which, unlike the output, is still true when the model has changed the output in place).
     With `tape.cut`, outputs are cut off from the graph; without `tape.masked`, log p counts padding, too."""
-    tape = SimpleNamespace(model=model, owners=owners, slow=slow, on=False, cut=False, masked=True, calls={})
+    tape = SimpleNamespace(model=model, owners=owners, slow=slow, on=False, cut=False, masked=True, calls={},
+                           is_checked=False, known=set())  # of `_checked_forward`
 
     def record(module, arguments, keywords, output):
         if slow.issuperset(owners[module].values()) or not torch.is_grad_enabled():  # no gradient gets here
@@ -433,15 +418,21 @@ def _recorder(model: nn.Module, owners: dict, slow: set) -> Iterator[SimpleNames
             handle.remove()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Which layers do not see the examples apart
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _shapes_of_an_example(calls: dict, size: int) -> set[tuple]:
-    """An example's rows, dimensions and features in each layer's input; a batch of one tells nothing."""
-    return {(module, x.shape[0] / size if x.dim() else 0, x.dim(), x.is_floating_point() and x.shape[-1])
-            for module, recorded in calls.items() for x, *_ in recorded if size > 1}
+def _checked_forward(tape: SimpleNamespace, inputs: dict) -> tuple[list[torch.Tensor], dict]:
+    """As `_forward`; of a first batch, and one in which examples have other shapes, it is checked that the
+    layers see the examples apart: parameters of those that do not are slow from then on."""
+    log_p, calls = _forward(tape, inputs)
+    size = len(log_p[0])
+    shapes = {(module, x.shape[0] / size if x.dim() else 0, x.dim(), x.is_floating_point() and x.shape[-1])
+              for module, recorded in calls.items() for x, *_ in recorded if size > 1}  # one tells nothing
+    if size and (not tape.is_checked or not shapes <= tape.known):
+        tape.is_checked = True
+        tape.known |= {shape for shape in shapes if shape[2] > 2}  # fewer: perhaps other rows next time
+        if unfit := _unfit(tape, inputs, log_p, calls):
+            tape.slow |= unfit
+            _warn(unfit, tape.owners, stacklevel=5)
+            return _forward(tape, inputs)
+    return log_p, calls
 
 
 def _unfit(tape: SimpleNamespace, inputs: dict, log_p: list[torch.Tensor], calls: dict) -> set[nn.Parameter]:
