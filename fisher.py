@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -33,13 +34,8 @@ TARGETS = ("labels", "start_positions", "end_positions")  # batch entries that o
 CHUNK = 2**24  # elements of per-example gradients held at a time
 
 
-def fisher_trace(
-    model: nn.Module,
-    batches: Iterable[dict],
-    blocks: list[nn.Module],
-    labels: str = "sampled",
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
+def fisher_trace(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Module], labels: str = "sampled",
+                 generator: torch.Generator | None = None) -> torch.Tensor:
     """tr(F) of each block: the mean over examples of || grad log p(y|x) ||^2, as float64 [len(blocks)].
 
     labels: "sampled" draws one y per example from the model's own output (equation 1) with `generator` (None:
@@ -58,317 +54,163 @@ def fisher_trace(
     call, an output without logits of two classes or more, missing gold labels, logits that are not finite,
     and a model in which one example of a batch changes the output of another.
     """
-    traces: dict[nn.Parameter, torch.Tensor] = {}
+    def trace(parameter: nn.Parameter, gradient: Factors) -> torch.Tensor:
+        return gradient.squared_norms().sum().double()  # Eq. 1: || grad log p(y|x) ||^2
 
-    def add(parameter: nn.Parameter, x: torch.Tensor | None, g: torch.Tensor) -> None:
-        traces[parameter] = traces.get(parameter, 0) + _squared_norms(x, g).sum().double()
-
-    count = _accumulate(model, batches, blocks, labels, generator, add)
-    zero = torch.zeros_like(next(iter(traces.values()), torch.zeros((), dtype=torch.float64)))
-    return torch.stack([sum((traces.get(parameter, zero) for parameter in block.parameters()), zero)
-                        for block in blocks]) / count
+    sums, count = _accumulate(model, batches, blocks, labels, generator, trace)
+    zero = torch.zeros_like(next(iter(sums.values()), torch.zeros((), dtype=torch.float64)))
+    return torch.stack([sum((sums.get(parameter, zero) for parameter in block.parameters()), zero)
+                        for block in blocks]) / count  # Eq. 1: E_x
 
 
-def fisher_diagonal(
-    model: nn.Module,
-    batches: Iterable[dict],
-    blocks: list[nn.Module],
-    labels: str = "sampled",
-    generator: torch.Generator | None = None,
-) -> list[dict[str, torch.Tensor]]:
+def fisher_diagonal(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Module],
+                    labels: str = "sampled", generator: torch.Generator | None = None) -> list[dict]:
     """The diagonal of F: per block, by parameter name, the mean over examples of the squared gradient.
 
     Each tensor has its parameter's shape. Arguments, side effects (none) and errors as for `fisher_trace`,
     which is the sum of it, for less.
     """
-    squares: dict[nn.Parameter, torch.Tensor] = {}
+    def squares(parameter: nn.Parameter, gradient: Factors) -> torch.Tensor:
+        return gradient.squares(parameter.shape)
 
-    def add(parameter: nn.Parameter, x: torch.Tensor | None, g: torch.Tensor) -> None:
-        squares[parameter] = squares.get(parameter, 0) + _squares(x, g, parameter.shape)
-
-    count = _accumulate(model, batches, blocks, labels, generator, add)
-    return [{name: squares.get(parameter, torch.zeros_like(parameter.detach())) / count
+    sums, count = _accumulate(model, batches, blocks, labels, generator, squares)
+    return [{name: sums.get(parameter, torch.zeros_like(parameter.detach())) / count
              for name, parameter in block.named_parameters()} for block in blocks]
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Equation 1: the gradients of single examples, as factors, and the loop over batches and labels
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Sum(NamedTuple):
+    """sum_t g_t: of a bias, of LayerNorm's weight, or of any parameter whose gradients are formed (T = 1)."""
+
+    g: torch.Tensor  # [B, T, H]
+
+    def squared_norms(self) -> torch.Tensor:  # [B]
+        return self.g.sum(1).square().sum(1)
+
+    def squares(self, shape: torch.Size) -> torch.Tensor:
+        """The sum over examples of the squared gradient, elementwise, in the parameter's shape."""
+        return self.g.sum(1).square().sum(0).reshape(shape)
+
+
+class Products(NamedTuple):
+    """sum_t g_t x_t^T: of a linear layer's weight."""
+
+    x: torch.Tensor  # [B, T, n_in]
+    g: torch.Tensor  # [B, T, n_out]
+
+    def squared_norms(self) -> torch.Tensor:  # [B], by the cheaper of two ways
+        tokens, n_in, n_out = self.g.shape[1], self.x.shape[2], self.g.shape[2]
+        if tokens * (n_in + n_out) < n_in * n_out:  # sum_t,t' (g_t . g_t')(x_t . x_t')
+            return torch.cat([((x @ x.mT) * (g @ g.mT)).sum((1, 2)) for x, g in _chunks(tokens**2, *self)])
+        return torch.cat([(g.mT @ x).square().sum((1, 2)) for x, g in _chunks(n_in * n_out, *self)])
+
+    def squares(self, shape: torch.Size) -> torch.Tensor:
+        return sum((g.mT @ x).square().sum(0) for x, g in _chunks(self.x.shape[2] * self.g.shape[2], *self))
+
+
+class Rows(NamedTuple):
+    """An embedding's: g_t is added to row i_t of zeros."""
+
+    i: torch.Tensor  # [B, T]
+    g: torch.Tensor  # [B, T, H]
+
+    def squared_norms(self) -> torch.Tensor:  # [B]; the rows of equal ids add up
+        return torch.cat([((i[:, :, None] == i[:, None]) * (g @ g.mT)).sum((1, 2))
+                          for i, g in _chunks(self.i.shape[1] ** 2, *self)])
+
+    def squares(self, shape: torch.Size) -> torch.Tensor:
+        (i, g), examples = self, torch.arange(len(self.i), device=self.i.device)
+        keys, row = (examples[:, None] * shape[0] + i).unique(return_inverse=True)
+        rows = torch.zeros(len(keys), g.shape[2], dtype=g.dtype, device=g.device)
+        rows.index_add_(0, row.flatten(), g.flatten(0, 1))  # one row per example and token id
+        total = torch.zeros(shape, dtype=g.dtype, device=g.device)
+        return total.index_add_(0, keys % shape[0], rows.square())
+
+
+Factors = Sum | Products | Rows
+
+
+def _chunks(size: int, *tensors: torch.Tensor) -> Iterable[tuple]:
+    """The tensors in groups of examples, of which `size` elements each fit into CHUNK."""
+    return zip(*(tensor.split(max(1, CHUNK // max(1, size))) for tensor in tensors))
+
+
+def _factors(module: nn.Module, name: str, x: torch.Tensor, g: torch.Tensor) -> Factors:
+    """The gradients of one parameter of a layer with inputs x and output gradients g, [B, T, ...]."""
+    if name == "bias":
+        return Sum(g)
+    if isinstance(module, nn.LayerNorm):
+        return Sum(g * layer_norm(x, module.normalized_shape, eps=module.eps))
+    if isinstance(module, nn.Embedding):
+        padding = -1 if module.padding_idx is None else module.padding_idx
+        return Rows(x, g * (x != padding)[..., None])
+    if name == "lora_A":  # y = s B A x: the gradient at A x is s B^T g
+        return Products(x, g @ module.lora_B.to(g.dtype) * module.scaling)
+    if name == "lora_B":
+        return Products(x @ module.lora_A.to(x.dtype).T, g * module.scaling)
+    return Products(x, g)
+
+
+def _by_example(value: torch.Tensor, examples: int) -> torch.Tensor:
+    """[B, H], [B, T, H] or, for multiple choice, [B * C, T, H] -> [B, tokens, H]; ids -> [B, tokens]."""
+    if not value.is_floating_point():
+        return value.reshape(examples, -1)
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
+    return value.reshape(examples, -1, value.shape[-1])
+
+
 def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Module], labels: str,
-                generator: torch.Generator | None, add: Callable) -> int:
-    """Call add(parameter, x, g) for every batch, label and parameter; returns what to divide by."""
+                generator: torch.Generator | None, measure: Callable) -> tuple[dict, int]:
+    """The sum of measure(parameter, gradient) by parameter over batches and labels; and what to divide by."""
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}, not {labels!r}")
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
+    generator = generator or torch.Generator().manual_seed(0)
     owners = _owners(model, blocks)
     slow = _without_formula(owners)
     _warn(slow, owners)
-    generator = generator or torch.Generator().manual_seed(0)
-    examples, first, used, known = 0, 0, set(), set()
-    with _restored(model), _recorder(owners, slow) as tape:
+    sums, examples, first, used = {}, 0, 0, set()
+    with _restored(model), _recorder(model, owners, slow) as tape:
         tape.masked = labels != "official"
         for batch in batches:
             inputs = {key: _usable(value) for key, value in batch.items() if key not in TARGETS}
-            log_p, calls = _forward(model, inputs, slow, tape)
+            log_p, calls = _checked_forward(tape, inputs)
             size = len(log_p[0])
             if not size:
                 continue
-            first = first or size
-            shapes = _shapes_of_an_example(calls, size)
-            if not examples or not shapes <= known:
-                known |= {shape for shape in shapes if shape[2] > 2}  # fewer: perhaps other rows next time
-                if unfit := _unfit(model, inputs, log_p, calls, owners, slow, tape):
-                    slow |= unfit
-                    _warn(unfit, owners)
-                    log_p, calls = _forward(model, inputs, slow, tape)
+            examples, first = examples + size, first or size
             if log_p[0].requires_grad:
                 used.update(*(owners[module].values() for module in calls))
             draws = _draws(log_p, batch, labels, generator)
-            for number, chosen in enumerate(draws):
-                last = number + 1 == len(draws)
-                for parameter, x, g in _gradients(chosen, calls, owners, slow, keep_graph=not last):
+            for number, chosen in enumerate(draws, 1):
+                for parameter, gradient in _gradients(chosen, calls, tape, keep_graph=number < len(draws)):
                     used.add(parameter)
                     if labels == "official":  # the batch as one example [1, B T, H]: its mean gradient
-                        scale = size * len(log_p) * first**0.5  # rows of logits, root of the first batch
-                        x, g = None if x is None else x.flatten(0, 1)[None], g.flatten(0, 1)[None] / scale
-                    add(parameter, x, g)
-            examples += size
+                        gradient = type(gradient)(*(factor.flatten(0, 1)[None] for factor in gradient))
+                        rows = size * len(log_p)  # of logits; and the root of the first batch's size
+                        gradient = gradient._replace(g=gradient.g / (rows * first**0.5))
+                    sums[parameter] = sums.get(parameter, 0) + measure(parameter, gradient)
     if not examples:
         raise ValueError("no batches: the Fisher information needs at least one example")
     if idle := [index for index, block in enumerate(blocks) if used.isdisjoint(block.parameters())]:
         who = "no block" if len(idle) == len(blocks) else f"not every block (not {', '.join(map(str, idle))})"
         raise ValueError(f"{who} took part in the model's forward pass")
-    return 1 if labels == "official" else examples
+    return sums, 1 if labels == "official" else examples
 
 
-def _owners(model: nn.Module, blocks: list[nn.Module]) -> dict[nn.Module, dict[str, nn.Parameter]]:
-    """By module, its own parameters by name, of those that the blocks have."""
-    wanted = {parameter for block in blocks for parameter in block.parameters()}
-    for index, block in enumerate(blocks):
-        if not list(block.parameters()):
-            raise ValueError(f"block {index} has no parameters")
-    if any(parameter.is_inference() for parameter in wanted):
-        raise ValueError("the model was made inside torch.inference_mode(): make or load it outside")
-    owners = {module: {name: own for name, own in module._parameters.items() if own in wanted}
-              for module in model.modules()}
-    owners = {module: own for module, own in owners.items() if own}
-    if any(getattr(module, "scale_grad_by_freq", False) for module in owners):
-        raise ValueError("an Embedding with scale_grad_by_freq has no gradients of single examples")
-    if not owners:
-        raise ValueError("no block is part of the model")
-    return owners
-
-
-def _usable(value):
-    """A batch's entry such that autograd may save it: tensors made in inference mode are copied."""
-    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
-
-
-def _shapes_of_an_example(calls: dict, size: int) -> set[tuple]:
-    """An example's rows, dimensions and features in each layer's input; a batch of one tells nothing."""
-    return {(module, x.shape[0] / size if x.dim() else 0, x.dim(), x.is_floating_point() and x.shape[-1])
-            for module, recorded in calls.items() for x, *_ in recorded if size > 1}
-
-
-def _is_lora(module: nn.Module) -> bool:
-    return module._parameters.keys() == {"lora_A", "lora_B"} and hasattr(module, "scaling")
-
-
-def _without_formula(owners: dict[nn.Module, dict[str, nn.Parameter]]) -> set[nn.Parameter]:
-    """The parameters that `_factors` has no formula for, or that two kinds of modules share."""
-    kinds: dict[nn.Parameter, set] = {}
-    for module, own in owners.items():
-        kind = type(module)
-        if _is_lora(module):
-            kind = "LoRA"
-        elif kind not in (nn.Linear, nn.LayerNorm, nn.Embedding) or "forward" in vars(module):
-            kind = None
-        elif kind is nn.LayerNorm and len(module.normalized_shape) > 1:
-            kind = None
-        elif kind is nn.Embedding and module.max_norm:
-            kind = None
-        for name, parameter in own.items():  # weight_g and weight_orig are of weight norm and of pruning
-            is_known = name in ("weight", "bias", "lora_A", "lora_B")
-            kinds.setdefault(parameter, set()).add(kind if is_known else None)
-    return {parameter for parameter, of in kinds.items() if None in of or len(of) > 1}
-
-
-def _warn(slow: set[nn.Parameter], owners: dict[nn.Module, dict[str, nn.Parameter]]) -> None:
-    names = {type(module).__name__ for module, own in owners.items() if slow & set(own.values())}
-    if names:
-        warnings.warn(f"parameters in {', '.join(sorted(names))} take a backward pass per example: slow",
-                      stacklevel=4)
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Eval mode, gradients for nothing but what asks for them; on exit all is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    changing = [parameter for module, _ in modes for parameter in module.parameters(recurse=False)
-                if getattr(module, "max_norm", None) or type(module).train is not nn.Module.train]
-    copies = [parameter.detach().clone() for parameter in changing]
-    try:
-        with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
-            model.eval()
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            yield
-    finally:
-        for module, training in modes:  # parents first; by `train`, in which some layers merge and unmerge
-            if module.training != training:
-                module.train(training)
-        for parameter, copy in zip(changing, copies):  # merged and unmerged, it may differ in the last bits
-            parameter.data.copy_(copy)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _recorder(owners: dict, slow: set) -> Iterator[SimpleNamespace]:
-    """While `tape.on`, `tape.calls` gets by module each call's input, its version, and the output's place in
-    the graph (which, unlike the output, is still true when the model has changed the output in place).
-    With `tape.cut`, outputs are cut off from the graph; without `tape.masked`, log p counts padding, too."""
-    tape = SimpleNamespace(on=False, cut=False, masked=True, calls={})
-
-    def record(module, arguments, keywords, output):
-        if slow.issuperset(owners[module].values()) or not torch.is_grad_enabled():  # no gradient gets here
-            return output
-        x = arguments[0] if arguments else next(iter(keywords.values()))
-        if tape.cut:
-            tape.calls.setdefault(module, []).append((x, None, None))
-            return output.detach()
-        if not output.requires_grad:  # below everything that is differentiated: the graph starts here
-            output = output.detach().requires_grad_()
-        output = output.clone()  # the model may change it in place, which no start and no view survives
-        if tape.on:  # and not when gradient checkpointing calls again, inside the backward pass
-            tape.calls.setdefault(module, []).append((x.detach(), x._version, get_gradient_edge(output)))
-        return output
-
-    # first of all hooks: what others make of the output is no part of the layer
-    handles = [module.register_forward_hook(record, with_kwargs=True, prepend=True) for module in owners]
-    try:
-        yield tape
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _forward(model: nn.Module, inputs: dict, slow: set, tape: SimpleNamespace) -> tuple[list, dict]:
+def _forward(tape: SimpleNamespace, inputs: dict) -> tuple[list[torch.Tensor], dict]:
     """log p of each output [B, C], and the recorded calls by module."""
-    for parameter in slow:
+    for parameter in () if tape.cut else tape.slow:
         parameter.requires_grad_()
     tape.on, tape.calls = True, {}
-    output = model(**inputs)
+    output = tape.model(**inputs)
     tape.on = False
-    return _log_probabilities(model, inputs if tape.masked else {}, output), tape.calls
-
-
-def _unfit(model: nn.Module, inputs: dict, log_p: list[torch.Tensor], calls: dict, owners: dict, slow: set,
-           tape: SimpleNamespace) -> set[nn.Parameter]:
-    """The parameters whose gradients for single examples the layers' calls do not give.
-
-    A layer that the batch calls another number of times than the example in its middle alone, or with another
-    B-th of an input for this example, does not see examples apart: it is called once for all, as for
-    positions, or has the batch in another dimension or order.
-    Raises ValueError if the model itself mixes examples, or does not run on one.
-    """
-    size = len(log_p[0])
-    i = size // 2  # what comes before or after it in the batch would show
-    lone_log_p, lone_calls, unfit = _alone(model, inputs, i, size, owners, slow, tape)
-    pairs, modules = [], []  # what should be equal, and by pair the module that it is about
-    for module, recorded in calls.items():
-        inputs_of = [(x, lone) for (x, *_), (lone, *_) in zip(recorded, lone_calls.get(module, ()))]
-        if len(inputs_of) == len(recorded) == len(lone_calls[module]) and all(
-                lone.dim() and x.shape == (size * len(lone), *lone.shape[1:]) for x, lone in inputs_of):
-            pairs += [(x[i * len(lone) : (i + 1) * len(lone)], lone) for x, lone in inputs_of]
-            if _is_lora(module):
-                pairs += _lora_gradients(module, inputs_of[0][1])
-            modules += [module] * (len(pairs) - len(modules))
-        else:
-            unfit.update(owners[module].values())
-    flat = {edge: module for module in {*modules} for x, _, edge in calls[module]
-            if x.dim() == 2 and x.is_floating_point()}
-    if flat and log_p[0].requires_grad:  # rows [N, H] may be a selection of tokens, as an expert's are
-        for edge, found in zip(flat, _gradients_by_weight(log_p, list(flat))):
-            pairs += found
-            modules += len(found) * [flat[edge]]
-
-    pairs += [(part[i : i + 1].exp(), lone.exp()) for part, lone in zip(log_p, lone_log_p)]
-    if not log_p[0].is_meta:
-        distances = [torch.dist(one.float(), two.float()) / two.float().norm().clamp(min=1e-30)
-                     for one, two in pairs]
-        is_equal = (torch.stack(distances) <= _tolerance(model)).tolist()
-        if not all(is_equal[len(modules) :]):
-            raise ValueError(f"{type(model).__name__} gives an example another output alone than in a batch: "
-                             "without gradients of single examples there is no Fisher information")
-        unfit.update(*(owners[module].values() for module, equal in zip(modules, is_equal) if not equal))
-    return unfit - slow
-
-
-def _alone(model: nn.Module, inputs: dict, i: int, size: int, owners: dict, slow: set,
-           tape: SimpleNamespace) -> tuple[list, dict, set]:
-    """log p and the calls of example i alone, and the parameters that are used outside their layer, too: with
-    the layers' outputs cut off from the graph, log p or a layer's input still depends on them."""
-    fast = {parameter for own in owners.values() for parameter in own.values()} - slow
-    for parameter in fast | slow:
-        parameter.requires_grad_(parameter in fast)
-    tape.cut = True
-    try:
-        inputs = {key: _one(value, i, size) for key, value in inputs.items()}
-        log_p, calls = _forward(model, inputs, set(), tape)
-        assert len(log_p[0]) == 1, "it gives more than one output"
-    except (RuntimeError, TypeError, IndexError, AssertionError) as error:
-        raise ValueError(f"{type(model).__name__} does not run on one example alone: {error}") from error
-    tape.cut, outside = False, set()
-    reached = [*log_p, *(x for recorded in calls.values() for x, *_ in recorded)]
-    if reached := [value.sum() for value in reached if value.requires_grad]:
-        gradients = torch.autograd.grad(sum(reached), list(fast), allow_unused=True)
-        outside = {parameter for parameter, gradient in zip(fast, gradients) if gradient is not None}
-    for parameter in fast | slow:
-        parameter.requires_grad_(parameter in slow)
-    detached = {module: [(x.detach(), *rest) for x, *rest in recorded] for module, recorded in calls.items()}
-    return log_p, detached, outside
-
-
-def _gradients_by_weight(log_p: list[torch.Tensor], edges: list) -> list[list[tuple]]:
-    """By edge, the gradients of its rows weighted by b for those of example b, by us and by autograd."""
-    weight = torch.arange(1.0, len(log_p[0]) + 1, device=log_p[0].device)
-    worst = sum(part.masked_fill(part.isneginf(), torch.inf).min(-1).values for part in log_p)  # [B]
-    plain, weighted = (torch.autograd.grad((one * worst).sum(), edges, retain_graph=True, allow_unused=True)
-                       for one in (torch.ones_like(weight), weight))
-    return [[] if one is None or not one.numel() else
-            [(one.reshape(len(weight), -1) * weight[:, None], two.reshape(len(weight), -1))]
-            for one, two in zip(plain, weighted)]
-
-
-def _lora_gradients(module: nn.Module, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each parameter, its gradient by our formula and by autograd: not all that has lora_A is s B A x."""
-    weights = {name: weight.detach().requires_grad_() for name, weight in module._parameters.items()}
-    A, B = weights["lora_A"], weights["lora_B"]  # [r, in], [out, r]
-    y, found = torch.func.functional_call(module, weights, (x,)), [torch.zeros_like(A), torch.zeros_like(B)]
-    if not x.is_floating_point() or (*x.shape[-1:], *y.shape[-1:]) != (*A.shape[1:], *B.shape[:1]):
-        return [(found[0], torch.ones_like(A))]  # something else altogether
-    ones = torch.ones_like(y)
-    if y.requires_grad:
-        found = torch.autograd.grad(y, (A, B), ones, materialize_grads=True)
-    factors = [_factors(module, name, _by_example(x, 1), _by_example(ones, 1))
-               for name in ("lora_A", "lora_B")]
-    return [(g[0].T @ x[0], gradient) for (x, g), gradient in zip(factors, found)]
-
-
-def _one(value, i: int, size: int):
-    """Example i's share of a batch's entry; what is shared by all examples stays whole."""
-    is_batched = isinstance(value, (list, tuple)) or isinstance(value, torch.Tensor) and value.dim()
-    return value[i : i + 1] if is_batched and len(value) == size else value
-
-
-def _tolerance(model: nn.Module) -> float:
-    """How far two ways to compute the same may be apart, by the precision of the model's arithmetic."""
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    kind = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(kind):
-        dtypes.add(torch.get_autocast_dtype(kind))
-    is_tf32 = kind == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    return 30 * max(1e-3 if is_tf32 else 3e-5, *(torch.finfo(dtype).eps for dtype in dtypes))
+    return _log_probabilities(tape.model, inputs if tape.masked else {}, output), tape.calls
 
 
 def _log_probabilities(model: nn.Module, batch: dict, output) -> list[torch.Tensor]:
@@ -398,8 +240,10 @@ def _log_probabilities(model: nn.Module, batch: dict, output) -> list[torch.Tens
 
 
 def _draws(log_p: list[torch.Tensor], batch: dict, labels: str, generator: torch.Generator) -> list:
-    """What stands for the expectation over y: the sum of squared gradients of these log p(y|x) [B]. They are
-    weighted by the root of p, since layers may see the examples in another order."""
+    """What stands for the expectation over y in Eq. 1: the sum of squared gradients of these log p(y|x) [B].
+
+    They are weighted by the root of p, since layers may see the examples in another order.
+    """
     if labels == "exact":  # grad log p has mean zero, so the traces of independent start and end add up
         return [part[:, y] * part[:, y].detach().exp().sqrt() for part in log_p for y in range(part.shape[1])]
     chosen = torch.zeros_like(log_p[0][:, 0])
@@ -412,7 +256,7 @@ def _draws(log_p: list[torch.Tensor], batch: dict, labels: str, generator: torch
                 raise ValueError(f"labels='gold' needs whole numbers [B] as {key!r}, not {list(y.shape)}")
         elif labels == "sampled" and not part.is_meta:
             p = part.detach().exp().to(generator.device)  # [B, C]
-            y = torch.multinomial(p, 1, generator=generator)[:, 0].to(part.device)
+            y = torch.multinomial(p, 1, generator=generator)[:, 0].to(part.device)  # Eq. 1: y ~ p(y|x)
         else:
             y = part.argmax(-1)
         is_class = (y >= 0) & (y < part.shape[1])  # the loss ignores other gold labels
@@ -421,15 +265,16 @@ def _draws(log_p: list[torch.Tensor], batch: dict, labels: str, generator: torch
     return [chosen]
 
 
-def _gradients(chosen: torch.Tensor, calls: dict, owners: dict, slow: set, keep_graph: bool) -> Iterator:
-    """(parameter, x, g) such that its gradient of log p(y|x) is, for each example, sum_t g_t x_t^T."""
+def _gradients(chosen: torch.Tensor, calls: dict, tape: SimpleNamespace, keep_graph: bool) -> Iterator:
+    """(parameter, its gradients of log p(y|x) for each example), from one backward pass to the outputs."""
     if not chosen.requires_grad:
         return
     edges = [edge for recorded in calls.values() for *_, edge in recorded]
+    keep_graph = keep_graph or bool(tape.slow)
     by_edge = {}
     if edges:
-        by_edge = dict(zip(edges, torch.autograd.grad(
-            chosen.sum(), edges, retain_graph=keep_graph or bool(slow), allow_unused=True)))
+        found = torch.autograd.grad(chosen.sum(), edges, retain_graph=keep_graph, allow_unused=True)
+        by_edge = dict(zip(edges, found))
     factors: dict[nn.Parameter, list[tuple]] = {}
     with torch.no_grad():
         for module, recorded in calls.items():
@@ -439,73 +284,256 @@ def _gradients(chosen: torch.Tensor, calls: dict, owners: dict, slow: set, keep_
                 if x._version != version:
                     raise ValueError(f"the model changed the input of a {type(module).__name__} in place")
                 x, g = _by_example(x, len(chosen)), _by_example(by_edge[edge], len(chosen))
-                for name, parameter in owners[module].items():
-                    if parameter not in slow:
+                for name, parameter in tape.owners[module].items():
+                    if parameter not in tape.slow:
                         factors.setdefault(parameter, []).append(_factors(module, name, x, g))
-    for parameter, ((x, g), *further) in factors.items():
-        if further:  # all uses of a parameter are one sum: they lengthen T
-            xs, gs = zip((x, g), *further)
-            x, g = None if x is None else torch.cat(xs, 1), torch.cat(gs, 1)
-        yield parameter, x, g
-    if slow:
-        rows = [torch.autograd.grad(one, list(slow), retain_graph=True, allow_unused=True) for one in chosen]
-        for parameter, column in zip(slow, zip(*rows)):
-            if any(row is not None for row in column):
-                column = [torch.zeros_like(parameter) if row is None else row for row in column]
-                gradients = torch.stack(column).detach().reshape(len(chosen), 1, -1)  # [B, 1, size]
-                yield parameter, None, gradients
+    for parameter, uses in factors.items():
+        gradient = uses[0]
+        if len(uses) > 1:  # all uses of a parameter are one sum: they lengthen T
+            gradient = type(gradient)(*(torch.cat(same, 1) for same in zip(*uses)))
+        yield parameter, gradient
+    if tape.slow:
+        yield from _slow_gradients(chosen, list(tape.slow))
 
 
-def _by_example(value: torch.Tensor, examples: int) -> torch.Tensor:
-    """[B, H], [B, T, H] or, for multiple choice, [B * C, T, H] -> [B, tokens, H]; ids -> [B, tokens]."""
-    if not value.is_floating_point():
-        return value.reshape(examples, -1)
-    value = value.to(torch.promote_types(value.dtype, torch.float32))
-    return value.reshape(examples, -1, value.shape[-1])
+def _slow_gradients(chosen: torch.Tensor, slow: list[nn.Parameter]) -> Iterator:
+    """As `_gradients`, from a backward pass per example."""
+    rows = [torch.autograd.grad(one, slow, retain_graph=True, allow_unused=True) for one in chosen]
+    for parameter, column in zip(slow, zip(*rows)):
+        if any(row is not None for row in column):
+            column = [torch.zeros_like(parameter) if row is None else row for row in column]
+            yield parameter, Sum(torch.stack(column).detach().reshape(len(chosen), 1, -1))  # [B, 1, size]
 
 
-def _factors(module: nn.Module, name: str, x: torch.Tensor, g: torch.Tensor) -> tuple:
-    """x and g of the gradient sum_t g_t x_t^T of one parameter; x None: sum_t g_t; x integers: g_t's rows."""
-    if name == "bias":
-        return None, g
-    if isinstance(module, nn.LayerNorm):
-        return None, g * layer_norm(x, module.normalized_shape, eps=module.eps)
-    if isinstance(module, nn.Embedding):
-        padding = -1 if module.padding_idx is None else module.padding_idx
-        return x, g * (x != padding)[..., None]
-    if name == "lora_A":
-        return x, g @ module.lora_B.to(g.dtype) * module.scaling
-    if name == "lora_B":
-        return x @ module.lora_A.to(x.dtype).T, g * module.scaling
-    return x, g
+# ------------------------------------------------------------------------------------------------------------
+# Robustness: any module, no mark left, and which layers do not see the examples apart
+# ------------------------------------------------------------------------------------------------------------
 
 
-def _squared_norms(x: torch.Tensor | None, g: torch.Tensor) -> torch.Tensor:
-    """|| sum_t g_t x_t^T ||^2 of each example [B], by the cheaper of two ways."""
-    if x is None:
-        return g.sum(1).square().sum(1)
-    tokens, n_in, n_out = g.shape[1], x.shape[-1], g.shape[2]
-    if not x.is_floating_point():  # the rows of equal ids add up
-        return torch.cat([((i[:, :, None] == i[:, None]) * (h @ h.mT)).sum((1, 2))
-                          for i, h in _chunks(tokens * tokens, x, g)])
-    if tokens * (n_in + n_out) < n_in * n_out:  # sum_t,t' (g_t . g_t')(x_t . x_t')
-        return torch.cat([((y @ y.mT) * (h @ h.mT)).sum((1, 2)) for y, h in _chunks(tokens * tokens, x, g)])
-    return torch.cat([(h.mT @ y).square().sum((1, 2)) for y, h in _chunks(n_in * n_out, x, g)])
+def _owners(model: nn.Module, blocks: list[nn.Module]) -> dict[nn.Module, dict[str, nn.Parameter]]:
+    """By module, its own parameters by name, of those that the blocks have."""
+    wanted = {parameter for block in blocks for parameter in block.parameters()}
+    for index, block in enumerate(blocks):
+        if not list(block.parameters()):
+            raise ValueError(f"block {index} has no parameters")
+    if any(parameter.is_inference() for parameter in wanted):
+        raise ValueError("the model was made inside torch.inference_mode(): make or load it outside")
+    owners = {module: {name: own for name, own in module._parameters.items() if own in wanted}
+              for module in model.modules()}
+    owners = {module: own for module, own in owners.items() if own}
+    if any(getattr(module, "scale_grad_by_freq", False) for module in owners):
+        raise ValueError("an Embedding with scale_grad_by_freq has no gradients of single examples")
+    if not owners:
+        raise ValueError("no block is part of the model")
+    return owners
 
 
-def _squares(x: torch.Tensor | None, g: torch.Tensor, shape: tuple) -> torch.Tensor:
-    """sum_b (sum_t g_t x_t^T)^2, elementwise, in the parameter's shape."""
-    if x is None:
-        return g.sum(1).square().sum(0).reshape(shape)
-    if x.is_floating_point():
-        return sum((h.mT @ y).square().sum(0) for y, h in _chunks(x.shape[2] * g.shape[2], x, g))
-    keys, row = (torch.arange(len(x), device=x.device)[:, None] * shape[0] + x).unique(return_inverse=True)
-    rows = torch.zeros(len(keys), g.shape[2], dtype=g.dtype, device=g.device)
-    rows.index_add_(0, row.flatten(), g.flatten(0, 1))  # one row per example and token id
-    total = torch.zeros(shape, dtype=g.dtype, device=g.device)
-    return total.index_add_(0, keys % shape[0], rows.square())
+def _usable(value):
+    """A batch's entry such that autograd may save it: tensors made in inference mode are copied."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
-def _chunks(size: int, *tensors: torch.Tensor) -> Iterable[tuple]:
-    """The tensors in groups of examples, of which `size` elements each fit into CHUNK."""
-    return zip(*(tensor.split(max(1, CHUNK // max(1, size))) for tensor in tensors))
+def _without_formula(owners: dict[nn.Module, dict[str, nn.Parameter]]) -> set[nn.Parameter]:
+    """The parameters that `_factors` has no formula for, or that two kinds of modules share."""
+    kinds: dict[nn.Parameter, set] = {}
+    for module, own in owners.items():
+        for name, parameter in own.items():  # weight_g and weight_orig are of weight norm and of pruning
+            is_known = name in ("weight", "bias", "lora_A", "lora_B")
+            kinds.setdefault(parameter, set()).add(_kind(module) if is_known else None)
+    return {parameter for parameter, of in kinds.items() if None in of or len(of) > 1}
+
+
+def _kind(module: nn.Module) -> type | str | None:
+    """The kind of layer whose formulas hold for this module, or None."""
+    if _is_lora(module):
+        return "LoRA"
+    if type(module) not in (nn.Linear, nn.LayerNorm, nn.Embedding) or "forward" in vars(module):
+        return None
+    is_odd = getattr(module, "max_norm", None) or len(getattr(module, "normalized_shape", ())) > 1
+    return None if is_odd else type(module)
+
+
+def _is_lora(module: nn.Module) -> bool:
+    return module._parameters.keys() == {"lora_A", "lora_B"} and hasattr(module, "scaling")
+
+
+def _warn(slow: set[nn.Parameter], owners: dict, stacklevel: int = 4) -> None:
+    names = {type(module).__name__ for module, own in owners.items() if slow & set(own.values())}
+    if names:
+        warnings.warn(f"parameters in {', '.join(sorted(names))} take a backward pass per example: slow",
+                      stacklevel=stacklevel)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Eval mode, gradients for nothing but what asks for them; on exit all is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    changing = [parameter for module, _ in modes for parameter in module.parameters(recurse=False)
+                if getattr(module, "max_norm", None) or type(module).train is not nn.Module.train]
+    copies = [parameter.detach().clone() for parameter in changing]
+    try:
+        with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
+            model.eval()
+            model.requires_grad_(False)
+            yield
+    finally:
+        for module, training in modes:  # parents first; by `train`, in which some layers merge and unmerge
+            if module.training != training:
+                module.train(training)
+        for parameter, copy in zip(changing, copies):  # merged and unmerged, it may differ in the last bits
+            parameter.data.copy_(copy)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _recorder(model: nn.Module, owners: dict, slow: set) -> Iterator[SimpleNamespace]:
+    """While `tape.on`, `tape.calls` gets by module each call's input, its version, and the output's place in
+    the graph (which, unlike the output, is still true when the model has changed the output in place).
+    With `tape.cut`, outputs are cut off from the graph; without `tape.masked`, log p counts padding, too."""
+    tape = SimpleNamespace(model=model, owners=owners, slow=slow, on=False, cut=False, masked=True, calls={},
+                           is_checked=False, known=set())  # of `_checked_forward`
+
+    def record(module, arguments, keywords, output):
+        if slow.issuperset(owners[module].values()) or not torch.is_grad_enabled():  # no gradient gets here
+            return output
+        x = arguments[0] if arguments else next(iter(keywords.values()))
+        if tape.cut:
+            tape.calls.setdefault(module, []).append((x, None, None))
+            return output.detach()
+        if not output.requires_grad:  # below everything that is differentiated: the graph starts here
+            output = output.detach().requires_grad_()
+        output = output.clone()  # the model may change it in place, which no start and no view survives
+        if tape.on:  # and not when gradient checkpointing calls again, inside the backward pass
+            tape.calls.setdefault(module, []).append((x.detach(), x._version, get_gradient_edge(output)))
+        return output
+
+    # first of all hooks: what others make of the output is no part of the layer
+    handles = [module.register_forward_hook(record, with_kwargs=True, prepend=True) for module in owners]
+    try:
+        yield tape
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _checked_forward(tape: SimpleNamespace, inputs: dict) -> tuple[list[torch.Tensor], dict]:
+    """As `_forward`; of a first batch, and one in which examples have other shapes, it is checked that the
+    layers see the examples apart: parameters of those that do not are slow from then on."""
+    log_p, calls = _forward(tape, inputs)
+    size = len(log_p[0])
+    shapes = {(module, x.shape[0] / size if x.dim() else 0, x.dim(), x.is_floating_point() and x.shape[-1])
+              for module, recorded in calls.items() for x, *_ in recorded if size > 1}  # one tells nothing
+    if size and (not tape.is_checked or not shapes <= tape.known):
+        tape.is_checked = True
+        tape.known |= {shape for shape in shapes if shape[2] > 2}  # fewer: perhaps other rows next time
+        if unfit := _unfit(tape, inputs, log_p, calls):
+            tape.slow |= unfit
+            _warn(unfit, tape.owners, stacklevel=5)
+            return _forward(tape, inputs)
+    return log_p, calls
+
+
+def _unfit(tape: SimpleNamespace, inputs: dict, log_p: list[torch.Tensor], calls: dict) -> set[nn.Parameter]:
+    """The parameters whose gradients for single examples the layers' calls do not give.
+
+    A layer that the batch calls another number of times than the example in its middle alone, or with another
+    B-th of an input for this example, does not see examples apart: it is called once for all, as for
+    positions, or has the batch in another dimension or order.
+    Raises ValueError if the model itself mixes examples, or does not run on one.
+    """
+    size = len(log_p[0])
+    i = size // 2  # what comes before or after it in the batch would show
+    lone_log_p, lone_calls, unfit = _alone(tape, inputs, i, size)
+    pairs = []  # a module, and two tensors that should be equal
+    for module, recorded in calls.items():
+        inputs_of = [(x, lone) for (x, *_), (lone, *_) in zip(recorded, lone_calls.get(module, ()))]
+        if len(inputs_of) != len(recorded) or len(recorded) != len(lone_calls[module]) or not all(
+                lone.dim() and x.shape == (size * len(lone), *lone.shape[1:]) for x, lone in inputs_of):
+            unfit.update(tape.owners[module].values())
+            continue
+        pairs += [(module, x[i * len(lone) : (i + 1) * len(lone)], lone) for x, lone in inputs_of]
+        if _is_lora(module):
+            pairs += [(module, *pair) for pair in _lora_gradients(module, inputs_of[0][1])]
+    if log_p[0].requires_grad:
+        pairs += _gradients_by_weight(log_p, calls, {module for module, *_ in pairs})
+    if log_p[0].is_meta:
+        return unfit - tape.slow
+    pairs += [(None, part[i : i + 1].exp(), lone.exp()) for part, lone in zip(log_p, lone_log_p)]
+    distances = [torch.dist(one.float(), two.float()) / two.float().norm().clamp(min=1e-30)
+                 for _, one, two in pairs]
+    are_equal = (torch.stack(distances) <= _tolerance(tape.model)).tolist()
+    apart = {module for (module, *_), is_equal in zip(pairs, are_equal) if not is_equal}
+    if None in apart:
+        raise ValueError(f"{type(tape.model).__name__} gives an example another output alone than in a "
+                         "batch: without gradients of single examples there is no Fisher information")
+    return unfit.union(*(tape.owners[module].values() for module in apart)) - tape.slow
+
+
+def _alone(tape: SimpleNamespace, inputs: dict, i: int, size: int) -> tuple[list, dict, set]:
+    """log p and the calls of example i alone, and the parameters that are used outside their layer, too: with
+    the layers' outputs cut off from the graph, log p or a layer's input still depends on them."""
+    fast = {parameter for own in tape.owners.values() for parameter in own.values()} - tape.slow
+    for parameter in fast | tape.slow:
+        parameter.requires_grad_(parameter in fast)
+    tape.cut = True
+    try:
+        log_p, calls = _forward(tape, {key: _one(value, i, size) for key, value in inputs.items()})
+        assert len(log_p[0]) == 1, "it gives more than one output"
+    except (RuntimeError, TypeError, IndexError, AssertionError) as error:
+        raise ValueError(f"{type(tape.model).__name__} does not run on one example alone: {error}") from error
+    tape.cut, outside = False, set()
+    reached = [*log_p, *(x for recorded in calls.values() for x, *_ in recorded)]
+    if reached := [value.sum() for value in reached if value.requires_grad]:
+        gradients = torch.autograd.grad(sum(reached), list(fast), allow_unused=True)
+        outside = {parameter for parameter, gradient in zip(fast, gradients) if gradient is not None}
+    for parameter in fast | tape.slow:
+        parameter.requires_grad_(parameter in tape.slow)
+    detached = {module: [(x.detach(), *rest) for x, *rest in recorded] for module, recorded in calls.items()}
+    return log_p, detached, outside
+
+
+def _one(value, i: int, size: int):
+    """Example i's share of a batch's entry; what is shared by all examples stays whole."""
+    is_batched = isinstance(value, (list, tuple)) or isinstance(value, torch.Tensor) and value.dim()
+    return value[i : i + 1] if is_batched and len(value) == size else value
+
+
+def _gradients_by_weight(log_p: list[torch.Tensor], calls: dict, modules: set[nn.Module]) -> list[tuple]:
+    """For inputs [N, H], whose rows may be a selection of tokens, as an expert's are: the module, and the
+    gradients of its rows weighted by b for those of example b, by us and by autograd."""
+    flat = {edge: module for module in modules for x, _, edge in calls[module]
+            if x.dim() == 2 and x.is_floating_point()}
+    if not flat:
+        return []
+    weight = torch.arange(1.0, len(log_p[0]) + 1, device=log_p[0].device)
+    worst = sum(part.masked_fill(part.isneginf(), torch.inf).min(-1).values for part in log_p)  # [B]
+    plain, weighted = (torch.autograd.grad((one * worst).sum(), [*flat], retain_graph=True, allow_unused=True)
+                       for one in (torch.ones_like(weight), weight))
+    return [(module, one.reshape(len(weight), -1) * weight[:, None], two.reshape(len(weight), -1))
+            for module, one, two in zip(flat.values(), plain, weighted) if one is not None and one.numel()]
+
+
+def _lora_gradients(module: nn.Module, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each parameter, its gradient by our formula and by autograd: not all that has lora_A is s B A x."""
+    weights = {name: weight.detach().requires_grad_() for name, weight in module._parameters.items()}
+    A, B = weights["lora_A"], weights["lora_B"]  # [r, in], [out, r]
+    y, found = torch.func.functional_call(module, weights, (x,)), [torch.zeros_like(A), torch.zeros_like(B)]
+    if not x.is_floating_point() or (*x.shape[-1:], *y.shape[-1:]) != (*A.shape[1:], *B.shape[:1]):
+        return [(found[0], torch.ones_like(A))]  # something else altogether
+    ones = torch.ones_like(y)
+    if y.requires_grad:
+        found = torch.autograd.grad(y, (A, B), ones, materialize_grads=True)
+    ours = [_factors(module, name, _by_example(x, 1), _by_example(ones, 1)) for name in ("lora_A", "lora_B")]
+    return [(g[0].T @ x[0], gradient) for (x, g), gradient in zip(ours, found)]
+
+
+def _tolerance(model: nn.Module) -> float:
+    """How far two ways to compute the same may be apart, by the precision of the model's arithmetic."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    kind = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(kind):
+        dtypes.add(torch.get_autocast_dtype(kind))
+    is_tf32 = kind == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return 30 * max(1e-3 if is_tf32 else 3e-5, *(torch.finfo(dtype).eps for dtype in dtypes))
