@@ -16,6 +16,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -240,6 +242,32 @@ def test_blocks_that_cannot_open_one_by_one_are_refused(blocks, message):
     lazy = Unfreezer((block for block in linears()), "order", k=2, order=iter([1, 0, 2]))
     assert [lazy.step(step) for step in (0, 2, 4)] == [[1], [0], [2]]
     assert lazy.state_dict()["order"] == [1, 0, 2]
+
+
+@pytest.mark.parametrize("choose, message", [
+    (lambda frozen, now: [0, 0], "mine chose [0, 0], which are not frozen blocks, each once: [0, 1, 2]"),
+    (lambda frozen, now: [3], "mine chose [3]"), (lambda frozen, now: now.score(), "needs `score`"),
+])
+def test_a_schedule_of_ones_own_that_cannot_choose_so_is_refused(choose, message, monkeypatch):
+    monkeypatch.setitem(unfreeze.SELECT, "mine", choose)
+    unfreezer = Unfreezer(linears(), "mine", k=2)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        unfreezer.step(0)
+    assert not unfreezer.history and not any(block.weight.requires_grad for block in unfreezer.blocks)
+
+
+def test_the_schedule_can_be_cut_out_and_pasted():
+    source = (HERE / "unfreeze.py").read_text("utf-8")
+    section = source[source.index("# Algorithm 1: ") :].split("\n# ----")[1]
+    imports = re.search(r"^#     (import .*)$", source, re.MULTILINE).group(1)
+    code = f"""{imports}
+# ---- {section}
+import sys
+model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+unfreezer = Unfreezer(list(model), "fun", k=2, score=lambda: [2, 1])
+assert [unfreezer.step(step) for step in range(5)] == [[0], [], [1], [], []]
+assert not {{"transformers", "adapters", "unfreeze"}} & set(sys.modules)"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---- adapters.py -------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from statistics import mean
 
@@ -211,27 +212,32 @@ def introduce(settings, splits: dict, encoded: dict, blocks: int, last_opening: 
     first = ", top block first" if settings.first else ""
     every = f"{settings.eval_every} steps" if settings.eval_every else "epoch"
     print(f"\n{settings.task}, {settings.method}{first}: {len(splits['train'])} training examples in "
-          f"{len(encoded['train'])} sequences, {settings.steps} steps of {settings.batch_size}, lr "
-          f"{settings.lr:g} {settings.decay}, k {settings.k}, {blocks} blocks, {settings.max_length} tokens, "
-          f"seed {settings.seed}, {device} in {settings.precision}; {len(splits['validation'])} validation "
-          f"examples every {every}; test languages {' '.join(languages) or 'none'}")
+          f"{len(encoded['train'])} sequences,")
+    tell(f"{settings.steps} steps of {settings.batch_size}, lr {settings.lr:g} {settings.decay}, k {settings.k}, "
+         f"{blocks} blocks, {settings.max_length} tokens, seed {settings.seed}, {device} in {settings.precision};")
+    tell(f"{len(splits['validation'])} validation examples every {every}; test languages "
+         f"{' '.join(languages) or 'none'}")
     is_mixed = settings.language_adapters.startswith("auto,")
     own = [language + f" ({place})" * (is_mixed and not place.startswith("AdapterHub/"))
            for language, place in sources.items()]
     lacking = [language for language, stacked in languages.items() if language != stacked]
     if own:
-        print(f"language adapters: {' '.join(own)}" + (
-            f"; none for {' '.join(lacking)}, tested with the English one" if lacking else ""))
+        tell(f"language adapters: {' '.join(own)}" + (
+             f"; none for {' '.join(lacking)}, tested with the English one" if lacking else ""))
     elif languages and settings.language_adapters != "none" and settings.method != "full":
-        print(f"no language adapters for {settings.model}; --language-adapters FOLDER adds them")
+        tell(f"no language adapters for {settings.model}; --language-adapters FOLDER adds them")
     if unreachable := TASKS[settings.task].unreachable:
         counts = {name: unreachable(rows, encoded[name]) for name, rows in splits.items()}
-        print("answers in no window + answers that begin or end inside a token, of all: " + ", ".join(
-            f"{name} {lost} + {inexact} of {len(splits[name])}" for name, (lost, inexact) in counts.items()))
+        tell("answers in no window + answers that begin or end inside a token, of all: " + ", ".join(
+             f"{name} {lost} + {inexact} of {len(splits[name])}" for name, (lost, inexact) in counts.items()))
     if last_opening >= settings.steps > 0:
-        print(f"note: k {settings.k} would open the last block at step {last_opening} of {settings.steps}; lower "
-              "--k")
+        tell(f"note: k {settings.k} would open the last block at step {last_opening} of {settings.steps}; lower "
+             "--k")
     sys.stdout.flush()
+
+
+def tell(text: str) -> None:
+    print(textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False))
 
 
 def describe(settings, scores: dict[str, dict]) -> dict:
@@ -255,7 +261,7 @@ def conclude(out: Path, results: dict) -> None:
         line += f"; English {results['scores']['en'][metric]:.1f}"
     if results["average"]:
         line += f", mean of {len(results['scores']) - 1} target languages {results['average'][metric]:.1f}"
-    print(f"{out}: {metric}: {line}; {results['wall_seconds']:.0f} s")
+    tell(f"{out}: {metric}: {line}; {results['wall_seconds']:.0f} s")
 
 
 def say(progress: tqdm, text: str, done: int) -> None:

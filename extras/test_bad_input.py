@@ -307,8 +307,8 @@ def test_bad_language_adapters_give_one_line_before_training(name, assets, langu
     ([], b"red\n", "--data has too little text"),
     (["--save-every", "0"], b"", "--save-every must be"),
     (["--lr", "0"], b"", "--lr must be"), (["--language", "../th"], b"", "--language must be a code"),
-    (["--language", "to"], b"", "'to' cannot name an adapter"),
-    (["--max-length", "39"], b"red\n", "more than the model's 38"),
+    (["--language", "to"], b"red\n" * 400, "'to' cannot name an adapter"),
+    (["--max-length", "39"], b"red\n" * 400, "more than the model's 38"),
     (["--language", ""], b"", "--language must be a code"), (["--method", "gu"], b"", "leave --method"),
 ])
 def test_bad_input_of_mlm_gives_one_line_and_status_2(options, content, message, assets, tmp_path, refused):
