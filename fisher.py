@@ -178,7 +178,10 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
     with _restored(model), _recorder(model, owners, slow) as tape:
         tape.masked = labels != "official"
         for batch in batches:
-            inputs = {key: _usable(value) for key, value in batch.items() if key not in TARGETS}
+            inputs = {key: value for key, value in batch.items() if key not in TARGETS}
+            for key, value in inputs.items():
+                if isinstance(value, torch.Tensor) and value.is_inference():
+                    inputs[key] = value.clone()  # one that autograd may save
             log_p, calls = _checked_forward(tape, inputs)
             size = len(log_p[0])
             if not size:
@@ -328,11 +331,6 @@ def _owners(model: nn.Module, blocks: list[nn.Module]) -> dict[nn.Module, dict[s
     return owners
 
 
-def _usable(value):
-    """A batch's entry such that autograd may save it: tensors made in inference mode are copied."""
-    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
-
-
 def _without_formula(owners: dict[nn.Module, dict[str, nn.Parameter]]) -> set[nn.Parameter]:
     """The parameters that `_factors` has no formula for, or that two kinds of modules share."""
     kinds: dict[nn.Parameter, set] = {}
@@ -345,16 +343,12 @@ def _without_formula(owners: dict[nn.Module, dict[str, nn.Parameter]]) -> set[nn
 
 def _kind(module: nn.Module) -> type | str | None:
     """The kind of layer whose formulas hold for this module, or None."""
-    if _is_lora(module):
+    if module._parameters.keys() == {"lora_A", "lora_B"} and hasattr(module, "scaling"):
         return "LoRA"
     if type(module) not in (nn.Linear, nn.LayerNorm, nn.Embedding) or "forward" in vars(module):
         return None
     is_odd = getattr(module, "max_norm", None) or len(getattr(module, "normalized_shape", ())) > 1
     return None if is_odd else type(module)
-
-
-def _is_lora(module: nn.Module) -> bool:
-    return module._parameters.keys() == {"lora_A", "lora_B"} and hasattr(module, "scaling")
 
 
 def _warn(slow: set[nn.Parameter], owners: dict, stacklevel: int = 4) -> None:
@@ -454,7 +448,7 @@ def _unfit(tape: SimpleNamespace, inputs: dict, log_p: list[torch.Tensor], calls
             unfit.update(tape.owners[module].values())
             continue
         pairs += [(module, x[i * len(lone) : (i + 1) * len(lone)], lone) for x, lone in inputs_of]
-        if _is_lora(module):
+        if _kind(module) == "LoRA":
             pairs += [(module, *pair) for pair in _lora_gradients(module, inputs_of[0][1])]
     if log_p[0].requires_grad:
         pairs += _gradients_by_weight(log_p, calls, {module for module, *_ in pairs})
