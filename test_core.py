@@ -1095,17 +1095,7 @@ def test_the_learning_rate_falls_linearly_to_zero_or_stays(decay, rates, assets,
     assert logged == pytest.approx(rates)
 
 
-def tables_of(markdown: str) -> list[dict[str, list[str]]]:
-    """Its tables, each as its rows by name; the heads stand under the empty name."""
-    tables = []
-    for block in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
-        cells = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in block.splitlines()]
-        assert set("".join(cells.pop(1))) == {"-"}  # Markdown's rule under the head
-        tables.append({name: values for name, *values in cells})
-    return tables
-
-
-# ---- runs that survive: bad input, kills, signals, full disks ----------------------------------------------
+# ---- one run, stopped and whole ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [

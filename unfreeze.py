@@ -234,8 +234,8 @@ class Settings:
                                    choices=["fp32", "tf32", "bf16"])
     whole_batches: bool = option(False, "pad each batch to its longest example (default: XLM-R, RoBERTa "
                                  "and BERT run without padding)", action="store_true")
-    cuda_graphs: bool = option(False, "repeat a step's kernels without Python: pays where a fast card waits for "
-                               "launches (XLM-R, RoBERTa and BERT)", action="store_true")
+    cuda_graphs: bool = option(False, "repeat a step's kernels without Python, on CUDA: faster where a card "
+                               "waits for launches (XLM-R, RoBERTa and BERT)", action="store_true")
     save_every: int = option(500, "steps between two checkpoints", least=1)
     out: str | None = option(None, "the run's folder (default: runs/TASK-MODEL-METHOD-SEED)")
     overwrite: bool = option(False, "start anew, and replace a finished run", action="store_true")
@@ -381,7 +381,8 @@ def device_of(settings: Settings) -> torch.device:
     return torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def encode(settings: Settings, splits: dict[str, list[dict]], tokenizer, labels: list) -> dict[str, list[dict]]:
+def encode(settings: Settings, splits: dict[str, list[dict]], tokenizer, labels: list) -> dict:
+    """By split, an example for each of its sequences."""
     task = TASKS[settings.task]
     length = settings.max_length or task.max_length
     encoded = {name: task.encode(rows, tokenizer, length, labels) for name, rows in splits.items()}
@@ -404,7 +405,8 @@ def make_ready(settings: Settings, model: nn.Module, tokenizer, examples: list[d
     if is_packable:
         allow_packing(model)
     elif settings.cuda_graphs:
-        raise UserError(f"--cuda-graphs is for {', '.join(PACKED)}, no {model.config.model_type}: leave it out")
+        raise UserError(f"--cuda-graphs is for {', '.join(PACKED)}, no {model.config.model_type}: leave it "
+                        "out")
     collate = partial(batch_on, device, model, partial(task.batch, tokenizer=tokenizer),
                       is_packed=not settings.whole_batches)
     torch.set_float32_matmul_precision("highest")  # TF32's rounding would look as if padding counted
@@ -424,7 +426,8 @@ def check_padding(task, model: nn.Module, examples: list[dict], collate: Callabl
     except Exception as error:  # an unknown model may raise anything
         if is_out_of_memory(error):
             raise
-        raise UserError(f"--model: a {name} does not run here ({reason(error)}); choose another kind") from None
+        raise UserError(f"--model: a {name} does not run here ({reason(error)}); choose another "
+                        "kind") from None
     padded = padded[..., : alone.shape[-1]]  # spans have a logit for each token
     if not torch.allclose(padded, alone, rtol=1e-3, atol=1e-3 * alone.abs().max().item()):
         raise UserError(f"--model: in a {name}, padding changes the output, and so would the batch; choose "
@@ -466,9 +469,10 @@ class Losses:
         for step, (loss, norm) in enumerate(values, done - len(values)):
             if not math.isfinite(loss + norm):
                 batch = ", ".join(map(str, batch_of(self.settings, step, self.examples)))
-                raise UserError(f"the loss is {loss:g} and its gradient's norm {norm:g} at step {step} (learning "
-                                f"rate {learning_rate(self.settings, step):g}, training examples {batch}): lower "
-                                "--lr, and pass --overwrite if the run has a checkpoint")
+                rate = learning_rate(self.settings, step)
+                raise UserError(f"the loss is {loss:g} and its gradient's norm {norm:g} at step {step} "
+                                f"(learning rate {rate:g}, training examples {batch}): lower --lr, and pass "
+                                "--overwrite if the run has a checkpoint")
         self.read += [loss for loss, _ in values]
         self.waiting = []
 

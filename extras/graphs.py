@@ -3,9 +3,9 @@
     run = Graphed(run, learned)         # run(batch) -> loss, leaves gradients; learned: all that ever trains
     loss = run(batch)                   # captured when a shape is first met, anew when a block opens
 
-A base-size pass costs some 1,200 launches of kernels, which on a fast card take longer than the kernels. The
-gradients are those of `run` itself, and dropout draws the same numbers. Batches must have few shapes: those of
-`widened`, packed with `multiple=TOKENS`.
+A base-size pass costs some 1,200 launches of kernels, which on a fast card take longer than the kernels.
+The gradients are those of `run` itself, and dropout draws the same numbers. Batches must have few shapes:
+those of `widened`, packed with `multiple=TOKENS`.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -2,7 +2,7 @@
 
     allow_packing(model)                                    # XLM-R, RoBERTa and BERT, with any head
     batch = batch_on(device, model, make, examples)         # make: examples -> padded batch with its mask
-    model(**batch)                                          # heads, losses and adapters see what they always do
+    model(**batch)                                          # heads and losses see what they always do
 """
 
 from collections.abc import Callable
@@ -33,11 +33,12 @@ class Packing:
             if len(mask) > rows:  # the others are as long as the batch
                 real, here = (group[:, here.any(0)] for group in (real, here))  # [rows, longest]
             keys = None if real.all() else move(real[:, None, None])
-            ways = None if here.all() else [move(x) for x in (numbers(here), places(here), here.view(-1, 1, 1))]
+            ways = None if here.all() else (move(numbers(here)), move(places(here)), move(here.view(-1, 1, 1)))
             self.groups.append((real.shape, int(here.sum()), keys, ways))
 
     def tensors(self) -> list[torch.Tensor]:
-        return [self.index, *(x for *_, keys, ways in self.groups for x in (keys, *(ways or ())) if x is not None)]
+        parts = (part for *_, keys, ways in self.groups for part in (keys, *(ways or ())))
+        return [self.index, *(part for part in parts if part is not None)]
 
 
 def places(mask: torch.Tensor) -> torch.Tensor:

@@ -75,8 +75,8 @@ def first_difference(then: dict, now: dict) -> str | None:
 class Run:
     """A run's folder, this process's alone until it ends, however it ends: log, checkpoint and results.
 
-    identity: what the run is told by. Knows files and nothing of training. Raises UserError if another process
-    is at work there."""
+    identity: what the run is told by. Knows files and nothing of training. Raises UserError if another
+    process is at work there."""
 
     def __init__(self, out: Path, identity: dict):
         out.mkdir(parents=True, exist_ok=True)
@@ -213,8 +213,9 @@ def introduce(settings, splits: dict, encoded: dict, blocks: int, last_opening: 
     every = f"{settings.eval_every} steps" if settings.eval_every else "epoch"
     print(f"\n{settings.task}, {settings.method}{first}: {len(splits['train'])} training examples in "
           f"{len(encoded['train'])} sequences,")
-    tell(f"{settings.steps} steps of {settings.batch_size}, lr {settings.lr:g} {settings.decay}, k {settings.k}, "
-         f"{blocks} blocks, {settings.max_length} tokens, seed {settings.seed}, {device} in {settings.precision};")
+    tell(f"{settings.steps} steps of {settings.batch_size}, lr {settings.lr:g} {settings.decay}, k "
+         f"{settings.k}, {blocks} blocks, {settings.max_length} tokens, seed {settings.seed}, {device} in "
+         f"{settings.precision};")
     tell(f"{len(splits['validation'])} validation examples every {every}; test languages "
          f"{' '.join(languages) or 'none'}")
     is_mixed = settings.language_adapters.startswith("auto,")
@@ -231,8 +232,8 @@ def introduce(settings, splits: dict, encoded: dict, blocks: int, last_opening: 
         tell("answers in no window + answers that begin or end inside a token, of all: " + ", ".join(
              f"{name} {lost} + {inexact} of {len(splits[name])}" for name, (lost, inexact) in counts.items()))
     if last_opening >= settings.steps > 0:
-        tell(f"note: k {settings.k} would open the last block at step {last_opening} of {settings.steps}; lower "
-             "--k")
+        tell(f"note: k {settings.k} would open the last block at step {last_opening} of {settings.steps}; "
+             "lower --k")
     sys.stdout.flush()
 
 
@@ -271,7 +272,7 @@ def say(progress: tqdm, text: str, done: int) -> None:
         print(f"step {done} of {progress.total}: {text}", flush=True)
 
 
-def report_trace(run: Run, step: int, trace: list[float], trainable: list[int], averages: list[float]) -> None:
+def report_trace(run: Run, step: int, trace: list[float], trainable: list[int], averages: list[float]):
     """Log and print tr(F): a number per block, bottom to top, and its mean over the open blocks, the paper's
     curve. The log has the moving average over ten measurements too."""
     average = mean(trace[block] for block in trainable) if trainable else None
@@ -282,7 +283,7 @@ def report_trace(run: Run, step: int, trace: list[float], trainable: list[int], 
         names = "".join(f"{'b' + str(block):>4} " for block in range(len(trace)))
         tqdm.write("tr(F) of each block, b0 at the bottom, * open; average: of the open blocks")
         tqdm.write(f" step  average |{names}")
-    row = "".join(f"{short(value):>4}{'*' if block in trainable else ' '}" for block, value in enumerate(trace))
+    row = "".join(f"{short(value):>4}" + " *"[block in trainable] for block, value in enumerate(trace))
     tqdm.write(f"{step:>5} {'-' if average is None else format(average, '.3g'):>8} |{row}")
 
 

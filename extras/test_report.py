@@ -15,9 +15,7 @@ import torch
 
 import unfreeze
 from extras import plots, report
-from test_core import assets, command, tables_of  # noqa: F401, a fixture among them
-
-HERE = Path(__file__).parent.parent
+from extras.conftest import HERE, command
 
 
 def write_run(folder: Path, language_scores: dict, **facts) -> Path:
@@ -30,6 +28,16 @@ def write_run(folder: Path, language_scores: dict, **facts) -> Path:
         "steps": 9, "wall_seconds": 9, "order": [[0, 1], [5, 0]], "average": average,
         "scores": language_scores, "versions": {}} | facts))
     return folder
+
+
+def tables_of(markdown: str) -> list[dict[str, list[str]]]:
+    """Its tables, each as its rows by name; the heads stand under the empty name."""
+    tables = []
+    for block in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
+        cells = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in block.splitlines()]
+        assert set("".join(cells.pop(1))) == {"-"}  # Markdown's rule under the head
+        tables.append({name: values for name, *values in cells})
+    return tables
 
 
 def printed_table(arguments: list, capsys) -> dict[str, list[str]]:

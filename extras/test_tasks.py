@@ -17,8 +17,8 @@ import tasks
 import unfreeze
 from extras.conftest import HERE, events_of, one_error, results_of, write_rows
 
-SNIPPET, = (snippet for snippet in re.findall(r"^```python\n(.*?)^```$", (HERE / "README.md").read_text("utf-8"),
-                                             re.MULTILINE | re.DOTALL) if 'TASKS["intent"]' in snippet)
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", (HERE / "README.md").read_text("utf-8"), re.M | re.S)
+SNIPPET, = (snippet for snippet in SNIPPETS if 'TASKS["intent"]' in snippet)
 
 
 def renamed(data: Path, folder: Path, **names) -> Path:
