@@ -1130,7 +1130,8 @@ def test_a_run_leaves_what_it_promises_and_the_same_seed_gives_the_same_bits(ass
         run = script(command(assets, tmp_path / out, "--method", "fun"), cwd=tmp_path,
                      env=os.environ | {"PYTHONHASHSEED": hash_seed})
         assert run.returncode == 0, run.stderr
-    assert "open 4/4" in run.stderr and "loss" in run.stderr and "tr(F)" in run.stdout
+    assert re.search(r"^step 9 of 9: loss \d\.\d+, open 4/4$", run.stdout, re.M) and "tr(F)" in run.stdout
+    assert not run.stderr and max(map(len, run.stdout.replace(str(tmp_path), "").splitlines())) <= 80
     assert outcome(tmp_path / "one") == outcome(tmp_path / "two")
     results = results_of(tmp_path / "one")
     facts = {"task": "classify", "method": "fun", "adapter": "pfeiffer", "seed": 0, "k": 2, "steps": 9}

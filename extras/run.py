@@ -266,9 +266,9 @@ def conclude(out: Path, results: dict) -> None:
 
 
 def say(progress: tqdm, text: str, done: int) -> None:
-    """Beside the bar or, off a terminal, where there is none, in a line every hundred steps."""
+    """Beside the bar or, off a terminal, where there is none, in a line every hundred steps and at the end."""
     progress.set_postfix_str(text)
-    if progress.disable and done % 100 == 0:
+    if progress.disable and (done % 100 == 0 or done == progress.total):
         print(f"step {done} of {progress.total}: {text}", flush=True)
 
 
