@@ -45,8 +45,8 @@ def fisher_trace(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modu
     m the mean of log p over the rows of logits of a batch, each with its likeliest class; of spans, start and
     end logits are rows of one mean, with padding among the classes. It is the paper's if fed as there: 41
     batches of a shuffled loader, padded to 384 for spans.
-    The model runs in eval mode and returns `.logits` [B, C], or `.start_logits` and `.end_logits` [B, T] with
-    log p = log p_start + log p_end over the positions where `attention_mask` ([B, T] or [B, 1, 1, T]) is not
+    The model runs in eval mode and returns logits [B, C], `.logits` [B, C], or `.start_logits` and
+    `.end_logits` [B, T] with log p = log p_start + log p_end over the positions where `attention_mask` ([B, T] or [B, 1, 1, T]) is not
     0; "official" takes all positions.
     Parameters, `.grad`, `requires_grad`, modes, hooks and the global random state are left as they were, also
     after an exception. `torch.no_grad()` and `torch.inference_mode()` around the call make no difference.

@@ -8,7 +8,7 @@
 #   bash run.sh results                     the README's tables and pictures anew, from extras/results
 #   bash run.sh test [options]              the tests; options go to pytest
 #
-# TASK: xnli, xquad, mlqa, xcopa, classify. Options go to unfreeze.py (python unfreeze.py --help); --method "gu fun"
+# TASK: xnli, xquad, mlqa, xcopa, classify, mlm. Options go to unfreeze.py (python unfreeze.py --help); --method "gu fun"
 # and --seed "0 1" name several runs. One that is finished is kept, one that was stopped continued, unless
 # --overwrite is given. Runs go to runs/TASK-MODEL-METHOD-SEED, the demo's to runs/demo-METHOD-SEED.
 set -euo pipefail

@@ -362,7 +362,7 @@ def best_span(context: str, offsets: torch.Tensor, logits: torch.Tensor) -> tupl
     return score[i, j].item(), *span(context, offsets, start[i], end[j])
 
 
-def answers(rows: list[dict], examples: list[dict], outputs: list, language: str, labels: list,
+def score_answers(rows: list[dict], examples: list[dict], outputs: list, language: str, labels: list,
             rules: dict) -> tuple:
     """The best span over all windows of a question, scored by each of these rules."""
     best = [(-math.inf, 0, "")] * len(rows)
@@ -427,12 +427,12 @@ SPANS = partial(
 TASKS["xquad"] = SPANS(
     languages=("en", "ar", "de", "el", "es", "hi", "ru", "th", "tr", "vi", "zh"), other_languages=("ro",),
     hub=SQUAD | {"test": "google/xquad/xquad.{}/validation"},  # the name of its only split
-    score=partial(answers, rules={"": squad_words}))
+    score=partial(score_answers, rules={"": squad_words}))
 
 TASKS["mlqa"] = SPANS(
     languages=("en", "ar", "de", "es", "hi", "vi", "zh"),
     hub=SQUAD | {"test": "facebook/mlqa/mlqa.{0}.{0}/test"},
-    score=partial(answers, rules={"": squad_words, "_mlqa": mlqa_words}))
+    score=partial(score_answers, rules={"": squad_words, "_mlqa": mlqa_words}))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -481,7 +481,7 @@ def masked_tokens(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Te
 
 
 def masked_loss(model: nn.Module, batch: dict) -> torch.Tensor:
-    """The model's own masked-LM loss, in a hundredth of the memory."""
+    """The model's own masked-LM loss, with logits of the masked tokens alone."""
     return masked_tokens(model, batch)[0].mean()
 
 

@@ -245,8 +245,9 @@ def test_blocks_that_cannot_open_one_by_one_are_refused(blocks, message):
 
 
 @pytest.mark.parametrize("choose, message", [
-    (lambda frozen, now: [0, 0], "mine chose [0, 0], which are not frozen blocks, each once: [0, 1, 2]"),
-    (lambda frozen, now: [3], "mine chose [3]"), (lambda frozen, now: now.score(), "needs `score`"),
+    (lambda frozen, schedule: [0, 0], "mine chose [0, 0], which are not frozen blocks, each once: [0, 1, 2]"),
+    (lambda frozen, schedule: [3], "mine chose [3]"),
+    (lambda frozen, schedule: schedule.score(), "needs `score`"),
 ])
 def test_a_schedule_of_ones_own_that_cannot_choose_so_is_refused(choose, message, monkeypatch):
     monkeypatch.setitem(unfreeze.SELECT, "mine", choose)

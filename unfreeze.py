@@ -55,7 +55,7 @@ from extras.graphs import TOKENS, Graphed, widened
 from extras.packing import PACKED, allow_packing, batch_on
 from extras.rows import HF_HUB_OFFLINE, WITHOUT_HUB, UserError, reach_hub
 from extras.run import (DATA, Run, copied, describe, fingerprint, identity_of, introduce, is_out_of_memory,
-                        put, report_trace, restore, run_folder, save, say, write_lines)
+                        put, report_trace, restore_state, run_folder, save_state, say, write_lines)
 from fisher import LABELS, fisher_trace
 from tasks import TASKS, load_data, predict, resolve, sampled, tokens_of
 
@@ -67,14 +67,14 @@ from tasks import TASKS, load_data, predict, resolve, sampled, tokens_of
 
 
 SELECT = {  # by method: (frozen blocks, bottom to top; the Unfreezer) -> those that open in this interval
-    "standard": lambda frozen, now: frozen,
-    "gu": lambda frozen, now: frozen[-1:],
-    "lpft": lambda frozen, now: frozen if now.intervals >= 1 else [],
-    "rand": lambda frozen, now: [frozen[torch.randint(len(frozen), (), generator=now.generator)]],
-    "fun": lambda frozen, now: largest(frozen, now.score),
-    "rev": lambda frozen, now: frozen[:1],
-    "order": lambda frozen, now: [next(block for block in now.order if block in frozen)],
-    "none": lambda frozen, now: [],  # the head alone
+    "standard": lambda frozen, schedule: frozen,
+    "gu": lambda frozen, schedule: frozen[-1:],
+    "lpft": lambda frozen, schedule: frozen if schedule.interval >= 1 else [],
+    "rand": lambda frozen, schedule: [frozen[torch.randint(len(frozen), (), generator=schedule.generator)]],
+    "fun": lambda frozen, schedule: largest(frozen, schedule.score),
+    "rev": lambda frozen, schedule: frozen[:1],
+    "order": lambda frozen, schedule: [next(block for block in schedule.order if block in frozen)],
+    "none": lambda frozen, schedule: [],  # the head alone
 }
 
 
@@ -123,7 +123,7 @@ class Unfreezer:
         self.blocks, self.method, self.k, self.order, self.first = blocks, method, k, order, first
         self.score, self.generator = score or self._no_score, torch.Generator().manual_seed(seed)
         self.history: list[tuple[int, int]] = []  # (step, block) in the order of opening
-        self.intervals = 0  # how many have begun
+        self.interval = 0  # the number of the one whose choice is due
         self._set_requires_grad()
 
     @property
@@ -135,8 +135,8 @@ class Unfreezer:
 
         Every k steps an interval begins, each with its own choice; after steps left out, several at once."""
         opened = []
-        self.intervals = max(self.intervals, i // self.k - len(self.blocks))  # of a long leap the last ones
-        while self.intervals <= i // self.k and len(self.history) < len(self.blocks):
+        self.interval = max(self.interval, i // self.k - len(self.blocks))  # of a long leap the last ones
+        while self.interval <= i // self.k and len(self.history) < len(self.blocks):
             frozen = [block for block in range(len(self.blocks)) if block not in self.trainable]
             method = "gu" if self.first == "top" and not self.history else self.method
             chosen = list(SELECT[method](frozen, self))
@@ -144,14 +144,14 @@ class Unfreezer:
                 raise ValueError(f"{method} chose {chosen}, which are not frozen blocks, each once: {frozen}")
             self.history += [(i, block) for block in chosen]
             self._set_requires_grad()
-            self.intervals += 1
+            self.interval += 1
             opened += chosen
         return opened
 
     def state_dict(self) -> dict:
         return {"method": self.method, "k": self.k, "blocks": len(self.blocks), "order": self.order,
                 "first": self.first, "history": [list(entry) for entry in self.history],
-                "intervals": self.intervals, "generator": self.generator.get_state()}
+                "intervals": self.interval, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state` was saved. Raises ValueError if it belongs to another schedule."""
@@ -159,7 +159,7 @@ class Unfreezer:
         for key in ("method", "k", "blocks", "order", "first"):
             if state.get(key) != mine[key]:
                 raise ValueError(f"the saved schedule has {key} {state.get(key)!r}, this one {mine[key]!r}")
-        self.history, self.intervals = [tuple(entry) for entry in state["history"]], state["intervals"]
+        self.history, self.interval = [tuple(entry) for entry in state["history"]], state["intervals"]
         self.generator.set_state(state["generator"])
         self._set_requires_grad()
 
@@ -196,7 +196,7 @@ def at_least(least: int, text: str) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """The command line. None stands for the paper's preset, filled in by `tasks.resolve`."""
+    """The command line. None: not asked for, or filled in by `complete`, with the paper's preset for one."""
 
     task: str
     method: str = option(None, "which blocks open when (default: gu); several in quotes: a run of each")
@@ -218,7 +218,7 @@ class Settings:
     steps: int | None = option(None, "training steps, instead of --epochs; 0 tests untrained", least=0)
     lr: float | None = option(None, "learning rate at the start", type=float)
     decay: str | None = option(None, "of the learning rate", choices=["linear", "constant"])
-    batch_size: int | None = option(None, "training examples per step", least=1)
+    batch_size: int | None = option(None, "training sequences per step", least=1)
     max_length: int | None = option(None, "tokens per sequence; texts are cut, contexts split", least=16)
     train_examples: int | None = option(None, "train on a random sample of this size", least=1)
     test_examples: int | None = option(None, "test on a fixed random sample of each language", least=1)
@@ -227,8 +227,8 @@ class Settings:
     fisher_labels: str = option("sampled", "labels of tr(F)", choices=list(LABELS))
     fisher_batches: int | None = option(None, "training batches per measurement of tr(F) (default: 4, for "
                                         "official 41)", least=1)
-    eval_every: int | None = option(None, "steps between two validations; 0: each epoch (default: 500 with "
-                                    "data from the hub, else 0)", least=0)
+    eval_every: int | None = option(None, "steps between two validations; 0: ends of epochs, at least 50 "
+                                    "steps apart (default: 500 with data from the hub, else 0)", least=0)
     device: str | None = option(None, "default: cuda when there is one", choices=["cpu", "cuda"])
     precision: str | None = option(None, "bf16 is autocast (default: tf32 on CUDA, fp32 on a CPU)",
                                    choices=["fp32", "tf32", "bf16"])
@@ -275,14 +275,15 @@ def check(settings: Settings) -> None:
 
 def train(settings: Settings) -> None:
     """One run, from the data to results.json in its folder; a stopped one goes on from its checkpoint."""
-    started, task, out, device = time.time(), TASKS[settings.task], run_folder(settings), device_of(settings)
+    started, device = time.time(), device_of(settings)
+    task, out = TASKS[settings.task], run_folder(settings)
     reach_hub(settings)
     rows, labels = load_data(settings)  # by split: train, validation, then the test languages
     splits = sampled(rows, settings)
     tokenizer, config = load_tokenizer(settings)
     encoded = encode(settings, splits, tokenizer, labels)
     examples = encoded["train"]
-    settings = complete(settings, config, len(splits["train"]), len(examples))  # from here on nothing is None
+    settings = complete(settings, config, len(splits["train"]), len(examples))  # with its presets
     torch.manual_seed(settings.seed)
     model, blocks = build_model(settings, config, labels)
     languages, sources = load_language_adapters(settings, model, list(splits)[2:])
@@ -293,19 +294,20 @@ def train(settings: Settings) -> None:
     optimizer = torch.optim.AdamW(learned.values(), lr=settings.lr, weight_decay=0.0, fused=True)
     forward_and_backward = training_pass(settings, model, tokenizer, collate, autocast, learned)
     losses = Losses(settings, len(examples))
-    traces = Traces(settings, model, blocks, examples, partial(collate, is_packed=False), autocast, losses)
-    unfreezer = schedule(settings, blocks, traces.now)
+    padded = partial(collate, is_packed=False)  # fisher.py tells examples apart by the first dimension
+    traces = Traces(settings, model, blocks, examples, padded, autocast, losses)
+    unfreezer = new_unfreezer(settings, blocks, traces.measure)
 
     run = Run(out, identity_of(dataclasses.asdict(settings), fingerprint(rows)))
     if run.is_finished():
         print(f"{out} is finished and kept (--overwrite redoes it)")
         return
-    introduce(settings, splits, encoded, len(blocks), last_opening(settings, len(blocks)), languages, sources,
-              device)
-    state = restore(run, learned, optimizer, unfreezer) or run.start_anew()
+    stride = steps_between_validations(settings, len(examples))
+    introduce(settings, splits, encoded, len(blocks), stride, last_opening(settings, len(blocks)), languages,
+              sources, device)
+    state = restore_state(run, learned, optimizer, unfreezer) or run.start_anew()
     losses.read = state.pop("losses")
     evaluate = partial(evaluate_split, task, model, labels, collate, autocast)
-    stride = steps_between_validations(settings, len(examples))
     asked_to_stop = note_stop_signals()  # the step under way is finished first
 
     progress = tqdm(range(state["step"], settings.steps + 1), initial=state["step"], total=settings.steps,
@@ -322,7 +324,7 @@ def train(settings: Settings) -> None:
         if opened:
             run.log("open", step, blocks=opened)
         if blocks and not task.trains_language and (is_end or traces.is_due()):
-            report_trace(run, step, traces.now(), unfreezer.trainable, state["averages"])
+            report_trace(run, step, traces.measure(), unfreezer.trainable, state["averages"])
         if is_end:
             break
 
@@ -336,7 +338,8 @@ def train(settings: Settings) -> None:
         losses.add(loss, norm)
 
         done, is_stopping = step + 1, bool(asked_to_stop)
-        is_saved = is_stopping or 0 in (done % settings.save_every, done % stride, settings.steps - done)
+        is_due = done % settings.save_every == 0 or done % stride == 0 or done == settings.steps
+        is_saved = is_stopping or is_due
         if is_saved or done % 10 == 0:
             losses.look(done)
         if done % 10 == 0 or done == settings.steps:
@@ -347,8 +350,8 @@ def train(settings: Settings) -> None:
             if task.trains_language:
                 save_weights(out, settings, model, tokenizer)  # usable from now on
             seconds = state["seconds"] + time.time() - started
-            save(run, learned, optimizer, unfreezer,
-                 state | {"step": done, "seconds": seconds, "losses": losses.read})
+            save_state(run, learned, optimizer, unfreezer,
+                       state | {"step": done, "seconds": seconds, "losses": losses.read})
         if is_stopping:
             raise KeyboardInterrupt(128 + asked_to_stop[0])
 
@@ -399,7 +402,9 @@ def complete(settings: Settings, config, train_examples: int, sequences: int) ->
 
 
 def make_ready(settings: Settings, model: nn.Module, tokenizer, examples: list[dict]) -> tuple:
-    """Set precision and determinism; returns `collate`, examples -> batch on the device, and `autocast`."""
+    """Set precision and determinism, allow packing, refuse a model in which padding counts.
+
+    Returns `collate`, examples -> batch on the device, and `autocast`."""
     task, device, is_packable = TASKS[settings.task], device_of(settings), model.config.model_type in PACKED
     torch.use_deterministic_algorithms(True, warn_only=not is_packable)
     if is_packable:
@@ -439,25 +444,25 @@ def training_pass(settings: Settings, model: nn.Module, tokenizer, collate: Call
     """What a step does to its examples: one forward and one backward pass; returns the loss."""
     task = TASKS[settings.task]
 
-    def run(batch: dict) -> torch.Tensor:
+    def one_pass(batch: dict) -> torch.Tensor:
         with autocast():
             loss = task.loss(model, batch)
         loss.backward()  # reaches down to the lowest open block and no further
         return loss.detach()
 
     if settings.cuda_graphs:
-        run = Graphed(run, learned.values())
+        one_pass = Graphed(one_pass, learned.values())
         make = partial(widened, partial(task.batch, tokenizer=tokenizer), tokenizer, settings.max_length)
         collate = partial(batch_on, model.device, model, make, is_packed=not settings.whole_batches,
                           multiple=TOKENS)
-    return lambda examples: run(collate(sorted(examples, key=tokens_of)))
+    return lambda examples: one_pass(collate(sorted(examples, key=tokens_of)))  # for attention's groups
 
 
 class Losses:
     """Loss and norm of the gradient of each step, on the device until the loop looks: that waits for it."""
 
-    def __init__(self, settings: Settings, examples: int):
-        self.settings, self.examples, self.waiting = settings, examples, []
+    def __init__(self, settings: Settings, sequences: int):
+        self.settings, self.sequences, self.waiting = settings, sequences, []
         self.read: list[float] = []  # losses since the last mean
 
     def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
@@ -468,10 +473,10 @@ class Losses:
         values = torch.stack(self.waiting).tolist() if self.waiting else []
         for step, (loss, norm) in enumerate(values, done - len(values)):
             if not math.isfinite(loss + norm):
-                batch = ", ".join(map(str, batch_of(self.settings, step, self.examples)))
+                batch = ", ".join(map(str, batch_of(self.settings, step, self.sequences)))
                 rate = learning_rate(self.settings, step)
                 raise UserError(f"the loss is {loss:g} and its gradient's norm {norm:g} at step {step} "
-                                f"(learning rate {rate:g}, training examples {batch}): lower --lr, and pass "
+                                f"(learning rate {rate:g}, training sequences {batch}): lower --lr, and pass "
                                 "--overwrite if the run has a checkpoint")
         self.read += [loss for loss, _ in values]
         self.waiting = []
@@ -494,9 +499,10 @@ class Traces:
         self.step, self.trace = step, None
 
     def is_due(self) -> bool:
+        """At this step FUN has measured, or a report is due."""
         return self.trace is not None or self.step % self.every == 0
 
-    def now(self) -> list[float]:
+    def measure(self) -> list[float]:
         if self.trace is None:
             self.losses.look(self.step)  # one that is not finite is named first
             settings, seed = self.settings, self.settings.seed * 100_003 + self.step
@@ -523,7 +529,7 @@ def fisher_batches(settings: Settings, examples: list, generator: torch.Generato
     return [collate(chosen[start : start + size]) for start in range(0, len(chosen), size)]
 
 
-def schedule(settings: Settings, blocks: list[nn.Module], score: Callable) -> Unfreezer:
+def new_unfreezer(settings: Settings, blocks: list[nn.Module], score: Callable) -> Unfreezer:
     order = settings.order.split(",") if settings.order else None
     method = "none" if settings.method == "full" else settings.method
     try:
@@ -536,7 +542,7 @@ def schedule(settings: Settings, blocks: list[nn.Module], score: Callable) -> Un
 def last_opening(settings: Settings, blocks: int) -> int:
     """The step before which the last block opens, found on stand-ins that all score the same."""
     stand_ins = [nn.ParameterList([nn.Parameter(torch.zeros(1))]) for _ in range(blocks)]
-    unfreezer = schedule(settings, stand_ins, lambda: [0] * blocks)
+    unfreezer = new_unfreezer(settings, stand_ins, lambda: [0] * blocks)
     for interval in range(blocks + 1):
         unfreezer.step(settings.k * interval)
     return max((step for step, _ in unfreezer.history), default=0)
@@ -549,13 +555,13 @@ def evaluate_split(task, model: nn.Module, labels: list, collate: Callable, auto
     return task.score(rows, examples, outputs, language, labels)
 
 
-def steps_per_epoch(settings: Settings, examples: int) -> int:
-    return math.ceil(examples / settings.batch_size)
+def steps_per_epoch(settings: Settings, sequences: int) -> int:
+    return math.ceil(sequences / settings.batch_size)
 
 
-def steps_between_validations(settings: Settings, examples: int) -> int:
-    """By default the epochs' ends that are at least 50 steps apart: an epoch of COPA has 7."""
-    epoch = steps_per_epoch(settings, examples)
+def steps_between_validations(settings: Settings, sequences: int) -> int:
+    """--eval-every, or with 0 ends of epochs that are at least 50 steps apart: an epoch of COPA has 7."""
+    epoch = steps_per_epoch(settings, sequences)
     return settings.eval_every or epoch * math.ceil(50 / epoch)
 
 
@@ -572,17 +578,17 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 @lru_cache(maxsize=1)
-def train_order(seed: int, epoch: int, examples: int) -> list[int]:
-    """Every example once, in an order that depends on seed and epoch alone."""
+def train_order(seed: int, epoch: int, sequences: int) -> list[int]:
+    """Every sequence once, in an order that depends on seed and epoch alone."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    return torch.randperm(examples, generator=generator).tolist()
+    return torch.randperm(sequences, generator=generator).tolist()
 
 
-def batch_of(settings: Settings, step: int, examples: int) -> list[int]:
-    """The numbers of the examples that a step trains on."""
-    epoch, position = divmod(step, steps_per_epoch(settings, examples))
+def batch_of(settings: Settings, step: int, sequences: int) -> list[int]:
+    """The numbers of the sequences that a step trains on."""
+    epoch, position = divmod(step, steps_per_epoch(settings, sequences))
     start = position * settings.batch_size
-    return train_order(settings.seed, epoch, examples)[start : start + settings.batch_size]
+    return train_order(settings.seed, epoch, sequences)[start : start + settings.batch_size]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -629,11 +635,11 @@ def build_model(settings: Settings, config, labels: list) -> tuple[nn.Module, li
         for index in Path(settings.model).glob("*.index.json"):  # of a model in several files
             if any(Path(name).name != name for name in json.loads(index.read_bytes())["weight_map"].values()):
                 raise ValueError(f"{index} names files outside of the folder")
-        is_as_before = set_labels(config, head, labels)
+        own_head_fits = set_labels(config, head, labels)
         model, loaded = head.from_pretrained(
             settings.model, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
             ignore_mismatched_sizes=True, output_loading_info=True)
-        check_weights(settings, model, loaded, is_as_before)
+        check_weights(settings, model, loaded, own_head_fits)
     try:
         blocks = add_blocks(settings, model)
     except ValueError as error:
@@ -662,7 +668,7 @@ def set_labels(config, head: type, labels: list) -> bool:
     return True
 
 
-def check_weights(settings, model: nn.Module, loaded: dict, is_as_before: bool) -> None:
+def check_weights(settings, model: nn.Module, loaded: dict, own_head_fits: bool) -> None:
     """Refuse a checkpoint without all of the encoder; a head of its own that does not fit is made anew."""
     sizes = {entry if isinstance(entry, str) else entry[0] for entry in loaded["mismatched_keys"]}
     lacking, encoder = sizes | set(loaded["missing_keys"]), model.base_model_prefix + "."
@@ -676,7 +682,7 @@ def check_weights(settings, model: nn.Module, loaded: dict, is_as_before: bool) 
     head = {name: parameter for name, parameter in model.named_parameters() if not name.startswith(encoder)}
     if head.keys() <= set(loaded["missing_keys"]) or TASKS[settings.task].head is AutoModelForMaskedLM:
         return
-    if is_as_before and lacking.isdisjoint(head):
+    if own_head_fits and lacking.isdisjoint(head):
         print(f"note: {settings.model} has a head of its own, which training starts from")
         return
     print(f"note: {settings.model} has a head for other labels; a new one is trained")
@@ -714,7 +720,7 @@ def load_language_adapters(settings, model: nn.Module, languages: list[str]) -> 
                 add_language_adapter(model, language, place)
                 sources[language] = str(place)
                 break
-            except ValueError as error:  # offline, what a warm cache has nothing of is what the hub lacks
+            except ValueError as error:  # offline by choice, what the cache lacks counts as lacking on the hub
                 if language == "en" or isinstance(place, Path) or not HF_HUB_OFFLINE or \
                         try_to_load_from_cache(place, "adapter_config.json"):
                     raise UserError(f"--language-adapters {source}: {error}") from None

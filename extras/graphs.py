@@ -27,7 +27,7 @@ class Graphed:
         now = [parameter.requires_grad for parameter in self.learned]
         if now != self.open:  # the backward pass reaches down to another block
             self.open, self.graphs, self.pool = now, {}, torch.cuda.graph_pool_handle()
-        new = [*tensors_of(batch)]
+        new = [*inputs_in(batch)]
         shapes = tuple(value.shape for value in new)
         if shapes not in self.graphs:
             self.graphs[shapes] = self.capture(batch)
@@ -51,10 +51,10 @@ class Graphed:
         with torch.cuda.graph(graph, pool=self.pool):
             loss = self.run(batch)
         torch.cuda.set_rng_state(random)
-        return graph, [*tensors_of(batch)], loss, [parameter.grad for parameter in self.learned]
+        return graph, [*inputs_in(batch)], loss, [parameter.grad for parameter in self.learned]
 
 
-def tensors_of(batch: dict) -> Iterator[torch.Tensor]:
+def inputs_in(batch: dict) -> Iterator[torch.Tensor]:
     for value in batch.values():
         yield from value.tensors() if isinstance(value, Packing) else [value]
 

@@ -23,18 +23,18 @@ class Packing:
 
     mask: [B, T], on the CPU, so that nothing waits for the device, to which `move` takes a tensor. Attention
     sees `rows` sequences at a time, padded to their longest. So much padding stays, too, that the number of
-    tokens is a multiple of `multiple`."""
+    tokens is a multiple of `multiple`, or all of it."""
 
     def __init__(self, mask: torch.Tensor, move: Callable, rows: int, multiple: int = 1):
-        kept = mask.clone()
-        kept[tuple((~mask).nonzero()[: -int(mask.sum()) % multiple].T)] = True
+        kept, lacking = mask.clone(), -int(mask.sum()) % multiple
+        kept.view(-1)[places(~mask)[:lacking]] = True
         self.shape, self.index, self.groups = mask.shape, move(places(kept)), []  # index: [N]
         for real, here in zip(mask.split(rows), kept.split(rows)):
             if len(mask) > rows:  # the others are as long as the batch
                 real, here = (group[:, here.any(0)] for group in (real, here))  # [rows, longest]
             keys = None if real.all() else move(real[:, None, None])
-            ways = None if here.all() else (move(numbers(here)), move(places(here)), move(here.view(-1, 1, 1)))
-            self.groups.append((real.shape, int(here.sum()), keys, ways))
+            ways = numbers(here), places(here), here.view(-1, 1, 1)  # to the padded group and back
+            self.groups.append((real.shape, int(here.sum()), keys, None if here.all() else [*map(move, ways)]))
 
     def tensors(self) -> list[torch.Tensor]:
         parts = (part for *_, keys, ways in self.groups for part in (keys, *(ways or ())))
@@ -42,29 +42,29 @@ class Packing:
 
 
 def places(mask: torch.Tensor) -> torch.Tensor:
-    """[B, T] -> [N]: of the kept tokens in the padded batch."""
+    """[B, T] -> [N]: of these tokens in the padded batch."""
     return mask.flatten().nonzero()[:, 0]
 
 
 def numbers(mask: torch.Tensor) -> torch.Tensor:
-    """[B, T] -> [B T]: of the kept token at each place; any at one of other padding."""
+    """[B, T] -> [B T]: for each place the number of its kept token, or any, whose output is dropped again."""
     return (mask.flatten().cumsum(0) - 1).clamp(min=0)
 
 
 class Moved(torch.autograd.Function):
-    """x[there], whose gradient is gathered, too: gradient[back], or zero where `real` is False. (Autograd
+    """x[there], whose gradient is gathered, too: gradient[back], or zero where `kept` is False. (Autograd
     turns an index into a scatter, which on CUDA sorts the places in order to be deterministic.)"""
 
     @staticmethod
-    def forward(context, x, there, back, real):
-        context.save_for_backward(back, real)
+    def forward(context, x, there, back, kept):
+        context.save_for_backward(back, kept)
         return x.index_select(0, there)
 
     @staticmethod
     def backward(context, gradient):
-        back, real = context.saved_tensors
+        back, kept = context.saved_tensors
         gradient = gradient.index_select(0, back)
-        return gradient if real is None else gradient * real, None, None, None
+        return gradient if kept is None else gradient * kept, None, None, None
 
 
 def allow_packing(model: nn.Module) -> None:

@@ -22,7 +22,8 @@ from statistics import correlation, mean, stdev
 import torch
 
 from adapters import write_atomically
-from tasks import TASKS, UNSCHEDULED, UserError, preset
+from extras.rows import UserError
+from tasks import TASKS, UNSCHEDULED, preset
 from unfreeze import SELECT, Settings, refuse
 
 
@@ -123,7 +124,8 @@ def checked(record: dict, name: Path | str, results: Path | str, log: Path | str
             print(f"note: {name} is of {run['task']} by {run['method']}, unknown here, and is left out")
             return None
         own = dict(run.get("settings", {"k": run.get("k"), "steps": run.get("steps")}))
-        older = {"eval_every": 0, "precision": "bf16" if own.pop("bf16", False) else "fp32"}  # ran so
+        # of runs recorded before these options:
+        older = {"eval_every": 0, "precision": "bf16" if own.pop("bf16", False) else "fp32"}
         defaults = {entry.name: entry.default for entry in dataclasses.fields(Settings)[1:]}
         run["settings"] = defaults | older | own
         run.setdefault("train_examples", own.get("train_examples") or 0)  # 0: not recorded
@@ -141,7 +143,7 @@ def checked(record: dict, name: Path | str, results: Path | str, log: Path | str
 
 
 def curves(log: list[dict], metric: str) -> tuple[list[dict], list[dict]]:
-    """The measurements of tr(F) with open blocks, their average as it is defined now, and the validations."""
+    """The measurements of tr(F) with open blocks, their mean over the open blocks, and the validations."""
     traces = [event | {"average": mean(event["trace"][block] for block in event["trainable"])}
               for event in log if event["event"] == "fisher" and event["trainable"]]
     validations = [event for event in log if event.get("split") == "validation"]
@@ -169,11 +171,11 @@ def comparable(runs: list[dict]) -> dict[str, Methods]:
     kinds: dict[tuple, set[tuple]] = {}
     for run in runs:
         if run["method"] != "full":
-            kinds.setdefault(setting(run), set()).add(adapters(run))
+            kinds.setdefault(setting(run), set()).add(adapters_of(run))
     tables: dict[tuple, list[dict]] = {}
     for run in runs:
         beside = kinds.get(setting(run)) if run["method"] == "full" else None
-        for kind in sorted(beside or {adapters(run)}):
+        for kind in sorted(beside or {adapters_of(run)}):
             tables.setdefault((setting(run), kind), []).append(run)
     groups: dict[str, Methods] = {}
     for (_, (adapter, source, _)), members in tables.items():
@@ -190,7 +192,7 @@ def setting(run: dict) -> tuple:
     return run["task"], run["model"], run["train_examples"], run.get("data"), *sorted(run["scores"]), *own
 
 
-def adapters(run: dict) -> tuple[str, str, str]:
+def adapters_of(run: dict) -> tuple[str, str, str]:
     """The kind of adapter, and the language adapters below it, if any: where from, and which."""
     stacked = run["language_adapters"]
     if not any(stacked.values()):

@@ -1,8 +1,9 @@
 """A run's folder: one process at a time, continued where it was stopped, written whole or not at all.
 
-    run = Run(run_folder(settings), identity_of(settings, fingerprint(rows)))
-    state = restore(run, learned, optimizer, unfreezer) or run.start_anew()
-    run.log("open", step, blocks=[11]);  save(run, learned, optimizer, unfreezer, state);  run.finish(results)
+    run = Run(run_folder(settings), identity_of(asdict(settings), fingerprint(rows)))
+    state = restore_state(run, learned, optimizer, unfreezer) or run.start_anew()
+    run.log("open", step, blocks=[11]); save_state(run, learned, optimizer, unfreezer, state)
+    run.finish(results)
 
 The log, checkpoint and results of extras/MANUAL.md, and what a run prints of its settings and scores.
 """
@@ -54,7 +55,7 @@ def fingerprint(rows: dict[str, list[dict]]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
-DATA = "data of fingerprint"
+DATA = "data of fingerprint"  # a key of the identity, as it reads in "a run with data of fingerprint 1a2b"
 
 
 def identity_of(settings: dict, data: str | None) -> dict:
@@ -120,6 +121,7 @@ class Run:
         for name in ("adapter", "head", "model", "predictions"):
             shutil.rmtree(self.out / name, ignore_errors=True)
         os.truncate(self.out / "log.jsonl", 0)
+        # beside these, from the first validation on: kept_step, validation (scores of the best), untrained
         return {"step": 0, "losses": [], "averages": [], "seconds": 0, "best": None}
 
     def finish(self, results: dict) -> None:
@@ -140,7 +142,7 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def save(run: Run, learned: dict, optimizer, unfreezer, state: dict) -> None:
+def save_state(run: Run, learned: dict, optimizer, unfreezer, state: dict) -> None:
     """Write all that the rest of the run depends on, except the frozen base model."""
     rng = {"cpu": torch.get_rng_state()}
     if next(iter(learned.values())).is_cuda:
@@ -149,7 +151,7 @@ def save(run: Run, learned: dict, optimizer, unfreezer, state: dict) -> None:
               "unfreezer": unfreezer.state_dict(), "state": state})
 
 
-def restore(run: Run, learned: dict, optimizer, unfreezer) -> dict | None:
+def restore_state(run: Run, learned: dict, optimizer, unfreezer) -> dict | None:
     """Continue from checkpoint.pt if there is one; returns the loop's state, or None."""
     path, log, identity = run.out / "checkpoint.pt", run.out / "log.jsonl", run.identity
     if identity["--overwrite"] or not path.exists():
@@ -206,17 +208,16 @@ def is_out_of_memory(error: Exception) -> bool:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def introduce(settings, splits: dict, encoded: dict, blocks: int, last_opening: int, languages: dict,
-              sources: dict, device: torch.device) -> None:
-    """Print the resolved settings, so that nothing that shaped a run is hidden."""
+def introduce(settings, splits: dict, encoded: dict, blocks: int, stride: int, last_opening: int,
+              languages: dict, sources: dict, device: torch.device) -> None:
+    """Print the settings that a reader of the scores needs; results.json has all."""
     first = ", top block first" if settings.first else ""
-    every = f"{settings.eval_every} steps" if settings.eval_every else "epoch"
     print(f"\n{settings.task}, {settings.method}{first}: {len(splits['train'])} training examples in "
           f"{len(encoded['train'])} sequences,")
     tell(f"{settings.steps} steps of {settings.batch_size}, lr {settings.lr:g} {settings.decay}, k "
-         f"{settings.k}, {blocks} blocks, {settings.max_length} tokens, seed {settings.seed}, {device} in "
-         f"{settings.precision};")
-    tell(f"{len(splits['validation'])} validation examples every {every}; test languages "
+         f"{settings.k}, {blocks} blocks, {settings.max_length} tokens, seed {settings.seed}, {device}, "
+         f"{settings.precision},")
+    tell(f"{len(splits['validation'])} validation examples every {stride} steps; test languages "
          f"{' '.join(languages) or 'none'}")
     is_mixed = settings.language_adapters.startswith("auto,")
     own = [language + f" ({place})" * (is_mixed and not place.startswith("AdapterHub/"))
@@ -266,7 +267,7 @@ def conclude(out: Path, results: dict) -> None:
 
 
 def say(progress: tqdm, text: str, done: int) -> None:
-    """Beside the bar or, off a terminal, where there is none, in a line every hundred steps and at the end."""
+    """Beside the bar; off a terminal, where there is none, in a line every hundred steps and at the end."""
     progress.set_postfix_str(text)
     if progress.disable and (done % 100 == 0 or done == progress.total):
         print(f"step {done} of {progress.total}: {text}", flush=True)
@@ -274,7 +275,7 @@ def say(progress: tqdm, text: str, done: int) -> None:
 
 def report_trace(run: Run, step: int, trace: list[float], trainable: list[int], averages: list[float]):
     """Log and print tr(F): a number per block, bottom to top, and its mean over the open blocks, the paper's
-    curve. The log has the moving average over ten measurements too."""
+    curve, which is appended to `averages`. The log has the moving average over ten measurements too."""
     average = mean(trace[block] for block in trainable) if trainable else None
     averages += [average] if trainable else []
     smooth = mean(averages[-10:]) if averages else None

@@ -199,7 +199,7 @@ def test_the_likeliest_window_answers_and_the_best_gold_answer_counts(assets):
     outputs[chosen][0, inside[0]] = outputs[chosen][1, inside[1]] = 3
     outputs[-1][:, -7] = 1  # "cat", the last token of the context but one, is followed by </s>
     rules = {"": tasks.squad_words, "_mlqa": tasks.mlqa_words}
-    scores, predictions = tasks.answers(rows, examples, outputs, "en", [], rules)
+    scores, predictions = tasks.score_answers(rows, examples, outputs, "en", [], rules)
     start = examples[chosen]["offsets"][inside[0], 0].item()
     end = examples[chosen]["offsets"][inside[1], 1].item()
     assert predictions[0] == {"id": "q", "text": rows[0]["context"][start:end], "answer_start": start}

@@ -185,7 +185,8 @@ def test_a_folder_fills_in_the_languages_that_the_hub_lacks(
     refused(mixed("none"), "no adapter folder own/en", environment=environment)  # English must be somewhere
     local = unfreeze.parse(command(assets, tmp_path / "local", "--language-adapters", f"auto,{languages}"))
     _, config = unfreeze.load_tokenizer(local)
-    model, _ = unfreeze.build_model(local, config, [0, 1])  # there are no adapters of the hub's for a local model
+    model, _ = unfreeze.build_model(local, config, [0, 1])
+    # there are no adapters of the hub's for a local model
     assert unfreeze.load_language_adapters(local, model, ["en", "de", "zh-CN"]) == (
         {"en": "en", "de": "de", "zh-CN": "en"}, {name: str(languages / name) for name in ("en", "de")})
 

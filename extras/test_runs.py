@@ -175,7 +175,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(
     rows = unfreeze.train_order(0, step // 6, 42)[step % 6 * 8 :][:8]
     one_error(unfreeze.main(arguments), capsys.readouterr().err, message,
               f"at step {step} (learning rate {0.01 * (1 - step / 20):g}, ",
-              f"training examples {', '.join(map(str, rows))}): lower --lr")
+              f"training sequences {', '.join(map(str, rows))}): lower --lr")
     saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     assert saved["state"]["step"] == (3 if what == "gradient" else 6)
     assert all(value.isfinite().all() for value in saved["learned"].values())
@@ -323,8 +323,8 @@ def test_results_do_not_depend_on_the_progress_bar_or_on_what_is_measured(assets
         if name == "a":  # on a terminal
             ours, theirs = pty.openpty()
             termios.tcsetwinsize(theirs, (24, 120))
-            run = subprocess.run([sys.executable, HERE / "unfreeze.py", *arguments], stdout=subprocess.DEVNULL,
-                                 stderr=theirs, timeout=300)
+            run = subprocess.run([sys.executable, HERE / "unfreeze.py", *arguments], timeout=300,
+                                 stdout=subprocess.DEVNULL, stderr=theirs)
             shown = os.read(ours, 2**16).decode()
             assert "9/9" in shown and "loss" in shown and "open 4/4" in shown
         else:
