@@ -29,6 +29,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -38,6 +39,14 @@ from transformers import (AutoModelForMaskedLM, AutoModelForMultipleChoice, Auto
 
 from extras.rows import (UserError, check_rows, labels_of, languages_in, read_file, read_hub, read_utf8,
                          sample)
+
+
+class Preset(NamedTuple):
+    epochs: tuple[int, int]  # of standard, none and full; of the schedules
+    lr: tuple[float, float]  # likewise
+    batch_size: int
+    decay: str
+    k: tuple[int, int, int] | None  # LPFT's, GU's and that of all others, FUN's; None: see `resolve`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +74,7 @@ class Task:
     max_length: int = 128
     fisher_every: int = 0  # steps between two reports of tr(F); 0: each epoch
     training_set: str | None = None  # the paper's name of it, a key of PRESETS
-    preset: tuple = ((3, 3), (8e-4, 8e-4), 32, "linear", None)  # as a row of PRESETS, where these have none
+    preset: Preset = Preset((3, 3), (8e-4, 8e-4), 32, "linear", None)  # where PRESETS has none
 
 
 TASKS: dict[str, Task] = {}  # by name; each kind adds its own below
@@ -505,28 +514,27 @@ TASKS["mlm"] = Task(
     # 15 % of the tokens are masked as BERT does it
     batch=lambda examples, tokenizer: dict(DataCollatorForLanguageModeling(tokenizer)(examples)),
     forward=masked_sums, loss=masked_loss, score=masked_scores,
-    max_length=512, preset=((100, 100), (1e-4, 1e-4), 64, "linear", (1, 1, 1)))
+    max_length=512, preset=Preset((100, 100), (1e-4, 1e-4), 64, "linear", (1, 1, 1)))  # k is unused
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The paper's presets
 # ------------------------------------------------------------------------------------------------------------
 
-# Epochs and learning rate (standard, scheduled), batch size, decay, k (LPFT, GU, FUN); others take GU's k.
 PRESETS = {
-    ("squad", "bert", "pfeiffer"): ((5, 5), (5e-4, 5e-4), 32, "linear", (800, 800, 800)),  # Table 3
-    ("squad", "xlm-roberta", "pfeiffer"): ((15, 15), (2e-4, 5e-4), 32, "linear", (800, 800, 100)),
-    ("copa", "bert", "pfeiffer"): ((500, 5000), (1e-4, 1e-5), 64, "constant", (800, 50, 50)),
-    ("copa", "xlm-roberta", "pfeiffer"): ((500, 5000), (1e-4, 1e-5), 64, "constant", (800, 1000, 1000)),
-    ("mnli", "bert", "pfeiffer"): ((15, 15), (5e-4, 5e-4), 128, "linear", (25, 800, 50)),
-    ("mnli", "xlm-roberta", "pfeiffer"): ((15, 15), (5e-4, 5e-4), 128, "linear", (800, 800, 800)),
+    ("squad", "bert", "pfeiffer"): Preset((5, 5), (5e-4, 5e-4), 32, "linear", (800, 800, 800)),  # Table 3
+    ("squad", "xlm-roberta", "pfeiffer"): Preset((15, 15), (2e-4, 5e-4), 32, "linear", (800, 800, 100)),
+    ("copa", "bert", "pfeiffer"): Preset((500, 5000), (1e-4, 1e-5), 64, "constant", (800, 50, 50)),
+    ("copa", "xlm-roberta", "pfeiffer"): Preset((500, 5000), (1e-4, 1e-5), 64, "constant", (800, 1000, 1000)),
+    ("mnli", "bert", "pfeiffer"): Preset((15, 15), (5e-4, 5e-4), 128, "linear", (25, 800, 50)),
+    ("mnli", "xlm-roberta", "pfeiffer"): Preset((15, 15), (5e-4, 5e-4), 128, "linear", (800, 800, 800)),
     # Table 15; it has no LPFT, which takes GU's k
-    ("squad", "bert", "lora"): ((5, 5), (5e-4, 8e-4), 32, "linear", (800, 800, 800)),
-    ("squad", "xlm-roberta", "lora"): ((15, 15), (5e-4, 5e-4), 32, "linear", (800, 800, 800)),
-    ("copa", "bert", "lora"): ((500, 5000), (1e-4, 1e-4), 64, "constant", (50, 50, 100)),
-    ("copa", "xlm-roberta", "lora"): ((500, 5000), (1e-4, 1e-4), 64, "constant", (100, 100, 200)),
-    ("mnli", "bert", "lora"): ((15, 15), (5e-4, 5e-4), 128, "linear", (50, 50, 50)),
-    ("mnli", "xlm-roberta", "lora"): ((15, 15), (5e-4, 5e-4), 128, "linear", (800, 800, 800)),
+    ("squad", "bert", "lora"): Preset((5, 5), (5e-4, 8e-4), 32, "linear", (800, 800, 800)),
+    ("squad", "xlm-roberta", "lora"): Preset((15, 15), (5e-4, 5e-4), 32, "linear", (800, 800, 800)),
+    ("copa", "bert", "lora"): Preset((500, 5000), (1e-4, 1e-4), 64, "constant", (50, 50, 100)),
+    ("copa", "xlm-roberta", "lora"): Preset((500, 5000), (1e-4, 1e-4), 64, "constant", (100, 100, 200)),
+    ("mnli", "bert", "lora"): Preset((15, 15), (5e-4, 5e-4), 128, "linear", (50, 50, 50)),
+    ("mnli", "xlm-roberta", "lora"): Preset((15, 15), (5e-4, 5e-4), 128, "linear", (800, 800, 800)),
 }
 LOW_DATA = {  # Table 4, for up to 1,000, 5,000 and 10,000 training examples: epochs, learning rate, k
     ("squad", "bert"): (20, 5e-4, (10, 50, 50)),
@@ -547,14 +555,16 @@ def preset(task: str, model_type: str, adapter: str, method: str, train_examples
     training_set = TASKS[task].training_set
     model_type = "bert" if model_type == "bert" else "xlm-roberta"
     row = PRESETS.get((training_set, model_type, adapter), TASKS[task].preset)
-    epochs, lr, batch_size, decay, ks = row
     is_scheduled = method not in UNSCHEDULED
-    epochs, lr = epochs[is_scheduled], lr[is_scheduled]
-    k = ks and ks[{"lpft": 0, "fun": 2}.get(method, 1)]
+    epochs, lr = row.epochs[is_scheduled], row.lr[is_scheduled]
+    column = {"lpft": 0, "fun": 2}.get(method, 1)
+    k = row.k and row.k[column]
     if (training_set, model_type) in LOW_DATA and train_examples <= 10_000:
-        epochs, lr, ks = LOW_DATA[training_set, model_type]
-        k = ks[(train_examples > 1_000) + (train_examples > 5_000)]
-    return epochs, FULL_LR if method == "full" else lr, batch_size, decay, k
+        epochs, lr, by_size = LOW_DATA[training_set, model_type]
+        k = by_size[(train_examples > 1_000) + (train_examples > 5_000)]
+    if method == "full":
+        lr = FULL_LR
+    return epochs, lr, row.batch_size, row.decay, k
 
 
 def resolve(settings, model_type: str, layers: int, train_examples: int, sequences: int):

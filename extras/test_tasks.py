@@ -86,7 +86,7 @@ def test_a_task_with_functions_of_its_own_is_one_entry_too(assets, tmp_path, mon
         head=AutoModelForSequenceClassification, encode=encode, batch=tasks.pad,
         forward=lambda model, batch: model(**batch).logits, loss=lambda model, batch: model(**batch).loss,
         score=recall, max_length=30, fisher_every=25,
-        preset=((9, 20), (1e-3, 0.01), 16, "linear", (1, 2, 3))))
+        preset=tasks.Preset((9, 20), (1e-3, 0.01), 16, "linear", (1, 2, 3))))
     folder = renamed(assets / "data", tmp_path / "data", text="title")
     for path in folder.iterdir():
         rows = [json.loads(line) | {"body": "nice"} for line in path.read_text().splitlines()]
