@@ -22,6 +22,7 @@ Adapters, LoRAs and the head are float32 on a model in half precision, too (but 
 embeddings' weights). After `model.save_pretrained`, `from_pretrained` gives the model without its adapters.
 """
 
+import errno
 import io
 import json
 import math
@@ -551,7 +552,11 @@ def save_tensors(path: Path, content: dict) -> None:
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write beside `path`, then rename: the file is the old or the new one, even on a full disk."""
+    """Write beside `path`, then rename: the file is the old or the new one, even on a full disk.
+
+    Raises OSError, too, for a folder or a device in its place."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "there is something that is no file", str(path))
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:

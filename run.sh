@@ -3,9 +3,9 @@
 #
 #   bash run.sh TASK [METHOD] [options]     one run of `python unfreeze.py TASK --method METHOD`
 #   bash run.sh TASK all [options]          every method with seeds 0 to 3, then a table of them
-#   bash run.sh demo [options]              standard, gu and fun on a small real model and real data
-#   bash run.sh demo METHOD|all [options]   one method; all: every method but full, with seeds 0 to 3
+#   bash run.sh demo [METHOD|all] [options]  a small real model, real data: standard, gu, fun; all: but full
 #   bash run.sh results                     the README's tables and pictures anew, from extras/results
+#   bash run.sh report FOLDER…              tables over finished runs
 #   bash run.sh test [options]              the tests; options go to pytest
 #
 # TASK: xnli, xquad, mlqa, xcopa, classify, mlm. Options go to unfreeze.py (python unfreeze.py --help); --method "gu fun"
@@ -34,13 +34,12 @@ set_up() {  # an active virtual environment or conda environment is used as it i
 
 task=${1:-help} method= every="standard gu lpft rand rev fun"
 shift $(($# > 0))
-if [[ $# -gt 0 && $1 != -* ]]; then
-    method=$1
-    shift
-fi
+if [[ $# -gt 0 && $1 != -* ]]; then method=$1 && shift; fi
 [[ $task =~ ^(help|-h|--help)$ ]] && exec sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+[[ $task != -* ]] || fail "a TASK comes first: bash run.sh help lists them"
 set_up
 case $task in
+    report) exec python "$here/unfreeze.py" report ${method:+"$method"} "$@" ;;
     test) cd "$here" && exec python -m pytest test_core.py extras ${method:+"$method"} "$@" ;;
     results)  # the front page's picture is of four methods, the other one of all runs
         cd "$here/extras/results"

@@ -24,6 +24,7 @@ import dataclasses
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -62,7 +63,7 @@ from tasks import TASKS, load_data, predict, resolve, sampled, tokens_of
 
 # ------------------------------------------------------------------------------------------------------------
 # Algorithm 1: which blocks open at which step. To be cut out and pasted, with these imports:
-#     import math; from collections.abc import Callable; import torch; from torch import nn
+#     import math, operator; from collections.abc import Callable; import torch; from torch import nn
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -76,6 +77,9 @@ SELECT = {  # by method: (frozen blocks, bottom to top; the Unfreezer) -> those 
     "order": lambda frozen, schedule: [next(block for block in schedule.order if block in frozen)],
     "none": lambda frozen, schedule: [],  # the head alone
 }
+
+
+BUILT_IN = frozenset(SELECT)
 
 
 def largest(frozen: list[int], score: Callable) -> list[int]:
@@ -139,7 +143,7 @@ class Unfreezer:
         while self.interval <= i // self.k and len(self.history) < len(self.blocks):
             frozen = [block for block in range(len(self.blocks)) if block not in self.trainable]
             method = "gu" if self.first == "top" and not self.history else self.method
-            chosen = list(SELECT[method](frozen, self))
+            chosen = [operator.index(block) for block in SELECT[method](frozen, self)]
             if not {*chosen} <= {*frozen} or len({*chosen}) < len(chosen):
                 raise ValueError(f"{method} chose {chosen}, which are not frozen blocks, each once: {frozen}")
             self.history += [(i, block) for block in chosen]
@@ -257,6 +261,8 @@ def check(settings: Settings) -> None:
         raise UserError("--epochs and --steps exclude each other: give one of them")
     if (settings.method == "order") != (settings.order is not None):
         raise UserError("--method order and --order 11,10,… go together: give both or neither")
+    if settings.order is not None and not re.fullmatch(r"\d+(,\d+)*", settings.order):
+        raise UserError(f"--order must be the numbers of all blocks, as in 11,10,…, not {settings.order!r}")
     if settings.data is None and not TASKS[settings.task].hub:
         raise UserError(f"--data is missing: {settings.task} has no data of its own on the hub")
     if not TASKS[settings.task].trains_language:
@@ -356,6 +362,8 @@ def train(settings: Settings) -> None:
             raise KeyboardInterrupt(128 + asked_to_stop[0])
 
     on_stop_signals(stop_now)
+    if asked_to_stop:  # after the last step, which is in the checkpoint
+        raise KeyboardInterrupt(128 + asked_to_stop[0])
     if state["best"] is not None:
         put(state["best"], learned)
     scores = {}
@@ -540,7 +548,10 @@ def new_unfreezer(settings: Settings, blocks: list[nn.Module], score: Callable) 
 
 
 def last_opening(settings: Settings, blocks: int) -> int:
-    """The step before which the last block opens, found on stand-ins that all score the same."""
+    """The step before which the last block opens, found on stand-ins that all score the same; 0 for a method
+    of a user's own, whose function is not to be called for this."""
+    if settings.method not in BUILT_IN:
+        return 0
     stand_ins = [nn.ParameterList([nn.Parameter(torch.zeros(1))]) for _ in range(blocks)]
     unfreezer = new_unfreezer(settings, stand_ins, lambda: [0] * blocks)
     for interval in range(blocks + 1):
@@ -788,11 +799,14 @@ def runs_of(arguments: list[str]) -> list[Settings]:
     """One run or, where --method or --seed names several ("gu fun", "0 1 2 3"), one for each pair."""
     several = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     several.error = refuse
-    several.add_argument("--method", type=str.split, default=[])
-    several.add_argument("--seed", type=str.split, default=[])
+    several.add_argument("--method", type=str.split)
+    several.add_argument("--seed", type=str.split)
     given, others = several.parse_known_args(arguments)
-    pairs = itertools.product([["--seed", seed] for seed in given.seed] or [[]],
-                              [["--method", method] for method in given.method] or [[]])
+    for name, values in vars(given).items():
+        if values == []:
+            refuse(f"--{name} is empty")
+    pairs = itertools.product([["--seed", seed] for seed in given.seed or []] or [[]],
+                              [["--method", method] for method in given.method or []] or [[]])
     runs = [parse([*others, *method, *seed]) for seed, method in pairs]
     if len({*map(run_folder, runs)}) < len(runs):
         raise UserError("a comparison has folders of its own: leave --out out, and name every run once")
@@ -876,12 +890,13 @@ def main(arguments: list[str]) -> int:
               "checkpoint), or run where more is free", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print("interrupted: the same command goes on from the last checkpoint, or starts if there is none",
-              file=sys.stderr)
+        print("interrupted: the same command goes on from the last checkpoint, or starts if there is none "
+              "(leave --overwrite out)", file=sys.stderr)
         return interrupt.args[0]
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed
     sys.stdout.reconfigure(errors="replace")  # a terminal may have no ±
     status = main(sys.argv[1:])
     sys.stderr.flush()

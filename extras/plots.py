@@ -33,11 +33,9 @@ def plot(groups: dict[str, Methods], path: Path, panel: str | None) -> None:
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     heights = [height(methods, panel) for methods in groups.values()]
-    ending = path.suffix[1:].lower() or "png"
+    ending = path.suffix[1:].lower()
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-        if ending not in figure.canvas.get_supported_filetypes():
-            raise UserError(f"--plot {path}: matplotlib writes no .{ending}; name a .png, .pdf or .svg")
         parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
         for part, (title, methods) in zip(parts, groups.items()):
             draw_group(part, title, methods, [[panel]] if panel else [["a", "d"], ["b", "d"], ["c", "d"]])
@@ -76,7 +74,7 @@ def styles_of(methods: Methods) -> dict[str, dict]:
     """By label: the method's colour; variants of one (of estimator, rate) differ in line and marker."""
     styles: dict[str, dict] = {}
     for label, runs in methods.items():
-        colour = COLOURS[runs[0]["method"]]
+        colour = COLOURS.get(runs[0]["method"], "#8c564b")  # or of a user's own
         variant = sum(style["color"] == colour for style in styles.values()) % 4
         line, marker = [("-", "o"), ("--", "s"), (":", "D"), ("-.", "^")][variant]
         styles[label] = {"color": colour, "linestyle": line, "marker": marker}
@@ -89,7 +87,7 @@ def draw_traces(axes, methods: Methods, styles: dict[str, dict]) -> None:
         steps, values = list(curve), curve.values()
         axes.plot(steps, [*map(mean, values)], **styles[label] | {"marker": None})
         axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.2, lw=0)
-    if "gu" in methods:
+    if "gu" in methods and methods["gu"][0]["order"]:
         steps = [step for step, _ in methods["gu"][0]["order"]]
         axes.plot(steps, [0.04] * len(steps), transform=axes.get_xaxis_transform(), marker="|", linestyle="",
                   color=COLOURS["gu"], markersize=7)

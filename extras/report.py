@@ -41,6 +41,8 @@ def report(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if given.panel and not given.plot:
         refuse("--panel goes with --plot FILE.png")
+    if given.plot and (given.plot.suffix not in (".png", ".pdf", ".svg") or given.plot.is_dir()):
+        raise UserError(f"--plot {given.plot}: name a .png, .pdf or .svg")
     runs = [run for path in given.folders for run in read_runs(path) if run]
     if not runs:
         raise UserError("report found no finished run: name folders that hold a results.json, such as runs/*")
@@ -110,7 +112,8 @@ def damage(message: str, name: Path | str) -> Iterator[None]:
     """Whatever goes wrong in reading a run is one line."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError,
+            RecursionError):
         raise UserError(f"{message}: leave {name} out, or run it again") from None
 
 
@@ -134,12 +137,16 @@ def checked(record: dict, name: Path | str, results: Path | str, log: Path | str
         assert isinstance(run["average"], dict) and isinstance(run[SOURCES], dict)
         assert all(isinstance(adapter, str | None) for adapter in run["language_adapters"].values())
         for score in (*run["scores"].values(), run["average"] or run["scores"]["en"]):
-            assert score.keys() == metrics and all(isinstance(score[name], (int, float)) for name in metrics)
-        assert all(len([int(step), int(block)]) == 2 for step, block in run["order"])
-        assert isinstance(run["seed"] + run["wall_seconds"] + run["train_examples"], (int, float))
+            assert score.keys() == metrics and all(is_number(score[name]) for name in metrics)
+        assert all(type(step) is type(block) is int and min(step, block) >= 0 for step, block in run["order"])
+        assert all(is_number(run[key]) for key in ("seed", "wall_seconds", "train_examples"))
     with damage(f"{log} is damaged", name):
         run["traces"], run["validations"] = curves(record["log"], next(iter(metrics)))
     return run
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(float(value))
 
 
 def curves(log: list[dict], metric: str) -> tuple[list[dict], list[dict]]:
@@ -149,7 +156,7 @@ def curves(log: list[dict], metric: str) -> tuple[list[dict], list[dict]]:
     validations = [event for event in log if event.get("split") == "validation"]
     numbers = [event[name] for event in traces for name in ("step", "average")]
     numbers += [event[name] for event in validations for name in ("step", metric)]
-    assert all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+    assert all(map(is_number, numbers))
     return traces, validations
 
 
@@ -356,7 +363,7 @@ def opening_order(run: dict) -> str:
 
 
 def is_one_by_one(run: dict) -> bool:
-    return len({step for step, _ in run["order"]}) > 1
+    return len({step for step, _ in run["order"]}) == len(run["order"]) > 1
 
 
 def agreement(runs: list[dict]) -> str:

@@ -45,9 +45,17 @@ def run_folder(settings) -> Path:
         name = "demo" if is_demo else f"{name}-{data.resolve().name}"
     out = Path(settings.out or f"runs/{name}{run}")
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if found and not found & {"results.json", "log.jsonl"}:
+    if found and "results.json" not in found and not is_our_log(out / "log.jsonl"):
         raise UserError(f"{out} holds files that are not a run's: choose another --out")
     return out
+
+
+def is_our_log(path: Path) -> bool:
+    """Whether its first line, if there is one, is an event of a run."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(11) in (b"", b'{"event": "')
 
 
 def fingerprint(rows: dict[str, list[dict]]) -> str:

@@ -20,6 +20,7 @@ from extras.conftest import (Bomb, command, cut, inflate, mlm, rewrite, task_com
 def write(name: str, content: str | bytes | None):
     """A change to a folder: this content in place of what there is, or no file."""
     def change(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).unlink(missing_ok=True)
         if content is not None:
             (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -71,6 +72,13 @@ BAD_INPUTS = {
     "unknown task": ("xnly", None, "invalid choice: 'xnly'"),
     "no task": ("", None, "task"),
     "unknown method": ("--method top", None, "invalid choice: 'top'"),
+    "no method": (["--method", ""], None, "--method is empty"),
+    "no seed": (["--seed", ""], None, "--seed is empty"),
+    "order of letters": ("--method order --order a,b", None, "--order must be the numbers of all blocks"),
+    "order with an end": ("--method order --order 3,2,1,0,", None, "--order must be the numbers of all"),
+    "another log": ("--out other", write("other/log.jsonl", "my notes\n"), "files that are not a run's"),
+    "checkpoint without log": ("", lambda folder: (folder / "run/log.jsonl").unlink(),
+                               "files that are not a run's"),
     "unknown adapter": ("--adapter prefix", None, "invalid choice: 'prefix'"),
     "unknown decay": ("--decay cosine", None, "invalid choice: 'cosine'"),
     "unknown device": ("--device tpu", None, "invalid choice: 'tpu'"),
@@ -107,7 +115,7 @@ BAD_INPUTS = {
     "the bottom one first": ("--first bottom", None, "invalid choice: 'bottom'"),
     "validation every -1": ("--eval-every -1", None, "--eval-every must be at least 0"),
     "another validation": ("--eval-every 5", None, "is of a run with --eval-every 0, not 5"),
-    "order of words": ("--method order --order top", None, "--order top"),
+    "order of words": ("--method order --order top", None, "--order must be the numbers of all blocks"),
     "language of a task": ("--language th", None, "--language is for mlm"),
     "language adapters": ("--language-adapters /no/such", None, "no adapter folder /no/such/en"),
     "out is a file": ("--out /dev/null", None, "/dev/null"),
@@ -182,8 +190,9 @@ def test_bad_input_gives_one_line_and_changes_no_file(name, stopped, tmp_path, r
     monkeypatch.chdir(folder)
     if change:
         change(folder)
-    arguments = command(Path("."), Path("run"), "--save-every", 3, *options.split())
-    refused(options.split() if name in ("unknown task", "no task") else arguments, message)
+    options = options.split() if isinstance(options, str) else options
+    arguments = command(Path("."), Path("run"), "--save-every", 3, *options)
+    refused(options if name in ("unknown task", "no task") else arguments, message)
 
 
 # ---- data --------------------------------------------------------------------------------------------------

@@ -288,7 +288,9 @@ def test_report_correlates_the_trace_of_the_weights_kept_with_scores_over_method
     "", "[]", "{}", {"scores": {}}, {"scores": {"de": {"accuracy": 1}}}, {"average": None}, {"order": [3]},
     {"scores": {"en": {"accuracy": "high"}}}, {"method": 3}, {"seed": "x"}, {"task": None},
     {"wall_seconds": None}, {"scores": {"en": {"accuracy": 1}, "de": {"f1": 1}}}, {"order": [["a", "b"]]},
-    {"train_examples": []}, {"method": "fun", "settings": "all"}, {"language_adapters": "de"}])
+    {"train_examples": []}, {"method": "fun", "settings": "all"}, {"language_adapters": "de"},
+    {"wall_seconds": math.nan}, {"seed": True}, {"average": {"accuracy": math.inf}}, {"order": [["03", 1]]},
+    {"order": [[0, -1]]}, {"scores": {"en": {"accuracy": 10**400}}}])
 def test_report_on_a_damaged_run_is_one_line(change, tmp_path, capsys):
     run = write_run(tmp_path / "run", {"en": {"accuracy": 80}, "de": {"accuracy": 40}})
     path = run / "results.json"
@@ -367,7 +369,7 @@ def test_plots_show_curves_orders_and_scores(assets, tmp_path, capsys):
         picture = target.read_bytes()
         assert status == 0 and picture.startswith(b"\x89PNG") and len(picture) > 20_000
         assert unfreeze.main(["report", *runs, "--plot", str(tmp_path / "curves.song")]) == 2
-        assert "matplotlib writes no .song" in capsys.readouterr().err
+        assert "curves.song: name a .png, .pdf or .svg" in capsys.readouterr().err
         (tmp_path / "gu" / "log.jsonl").write_text("{")
         assert unfreeze.main(["report", *runs, "--plot", str(target)]) == 2
         assert "log.jsonl is damaged" in capsys.readouterr().err and target.read_bytes() == picture
@@ -556,6 +558,9 @@ def test_plots_and_each_panel_alone_are_files_of_their_ending_with_the_same_byte
     pictures = {one, *(picture(f"{panel}.svg", "--panel", panel) for panel in "abcd")}
     assert len(pictures) == 5
     assert "--panel" in refused(capsys, *study, "--panel", "e", "--plot", tmp_path / "e.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "there is something that is no file" in refused(capsys, *study, "--plot", tmp_path / "pipe.png")
+    assert "name a .png, .pdf or .svg" in refused(capsys, *study, "--plot", tmp_path / "LICENSE")
     assert "--panel goes with --plot" in refused(capsys, *study, "--panel", "a")
 
 

@@ -92,6 +92,24 @@ def test_a_run_asked_to_stop_finishes_its_step_saves_and_continues_to_the_same_b
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
+def test_a_run_asked_to_stop_after_its_last_step_stops_before_the_tests(assets, tmp_path, monkeypatch):
+    arguments = command(assets, tmp_path / "run", "--fisher-every", 1)
+    measure, calls = unfreeze.fisher_trace, []
+
+    def asked_at_the_end(*given):
+        calls.append(given)
+        if len(calls) == 10:  # after step 9 of 9
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*given)
+
+    monkeypatch.setattr(unfreeze, "fisher_trace", asked_at_the_end)
+    assert unfreeze.main(arguments) == 143 and not (tmp_path / "run/predictions").exists()
+    monkeypatch.undo()
+    assert unfreeze.main(arguments) == 0
+    assert unfreeze.main(command(assets, tmp_path / "whole", "--fisher-every", 1)) == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
 def survive(assets: Path, folder: Path, kills: int, seed: int = 0):
     """Kill (SIGKILL) so many runs of four methods at random instants, a third of them inside the writing of
     a checkpoint, a third twice; yields for each what happened, and whether it left what it should have.
