@@ -366,13 +366,7 @@ def train(settings: Settings) -> None:
         raise KeyboardInterrupt(128 + asked_to_stop[0])
     if state["best"] is not None:
         put(state["best"], learned)
-    scores = {}
-    for language in tqdm(languages, desc="testing", disable=None):
-        if blocks:
-            set_language(model, languages[language])  # zero-shot: the task adapter stays
-        scores[language], predictions = evaluate(splits[language], encoded[language], language)
-        run.log("eval", settings.steps, split="test", language=language, **scores[language])
-        write_lines(out / "predictions" / f"{language}.jsonl", predictions)
+    scores = test_zero_shot(run, model, blocks, languages, splits, encoded, evaluate, settings.steps)
     save_weights(out, settings, model, tokenizer)
     run.finish(describe(settings, scores) | {
         "order": unfreezer.history, "kept_step": state["kept_step"], "validation": state["validation"],
@@ -582,6 +576,19 @@ def keep_best(state: dict, scores: dict, step: int, learned: dict[str, nn.Parame
     if state["best"] is None or scores[metric] > state["validation"][metric]:
         state |= {"best": copied(learned) if step else None, "kept_step": step, "validation": scores}
     state.setdefault("untrained", scores)
+
+
+def test_zero_shot(run: Run, model: nn.Module, blocks: list[nn.Module], languages: dict, splits: dict,
+                   encoded: dict, evaluate: Callable, step: int) -> dict[str, dict]:
+    """The scores by language, each above the language adapter that `languages` names: the task adapter stays."""
+    scores = {}
+    for language in tqdm(languages, desc="testing", disable=None):
+        if blocks:
+            set_language(model, languages[language])
+        scores[language], predictions = evaluate(splits[language], encoded[language], language)
+        run.log("eval", step, split="test", language=language, **scores[language])
+        write_lines(run.out / "predictions" / f"{language}.jsonl", predictions)
+    return scores
 
 
 def learning_rate(settings: Settings, step: int) -> float:
