@@ -580,7 +580,7 @@ def keep_best(state: dict, scores: dict, step: int, learned: dict[str, nn.Parame
 
 def test_zero_shot(run: Run, model: nn.Module, blocks: list[nn.Module], languages: dict, splits: dict,
                    encoded: dict, evaluate: Callable, step: int) -> dict[str, dict]:
-    """The scores by language, each above the language adapter that `languages` names: the task adapter stays."""
+    """The scores by language, each above the adapter that `languages` names: the task adapter stays."""
     scores = {}
     for language in tqdm(languages, desc="testing", disable=None):
         if blocks:
