@@ -321,7 +321,7 @@ class Place(NamedTuple):
     layer: int | None  # None: at the embeddings
     part: str  # of the layer: "output", or a LoRA's target
     path: str  # in the base model and in files, of what holds the modules of this place by adapter
-    beside: nn.Module  # has the device, the type and the mode for it
+    beside: nn.Module  # LoRA's linear layer, `output.dense` or the embeddings: has device, type and mode
 
 
 def _build(model: nn.Module, config: dict) -> dict[Place, nn.Module]:
@@ -774,7 +774,7 @@ def _is_letters(value) -> bool:
 
 OLD_NAMES = (("layer_text_task_adapters.", "adapters."), ("layer_text_lang_adapters.", "adapters."),
              ("invertible_lang_adapters.", "invertible_adapters."))  # before adapter-transformers 2
-BOTTLENECK = {  # AdapterHub's name for all that one can vary: a Pfeiffer adapter's value, others in files
+BOTTLENECK = {  # AdapterHub's key: a Pfeiffer adapter's value; others that a file may set, or a test of them
     "reduction_factor": (16, _is_number), "scaling": (1.0, _is_number), "leave_out": ([], _is_layers),
     "non_linearity": ("relu", (*NON_LINEARITIES,)), "original_ln_before": (True, _is_switch),
     "ln_before": (False, _is_switch), "ln_after": (False, _is_switch), "inv_adapter": (None, ("nice",)),
@@ -819,7 +819,7 @@ def _read_config(folder: Path, facts: dict) -> dict:
     for key in ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity"):
         if key in table and key not in given:
             raise ValueError(f"{folder}: its config lacks {key}")
-    for key, value in given.items():
+    for key, value in given.items():  # one that is not known must be off, or without effect here
         default, others = table.get(key, (None, lambda value: not value or WITHOUT_EFFECT.fullmatch(key)))
         if not (others(value) if callable(others) else value in (default, *others)):
             raise ValueError(f"{folder}: {key} {value!r} in its config is not supported")

@@ -195,8 +195,8 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
                     used.add(parameter)
                     if labels == "official":  # the batch as one example [1, B T, H]: its mean gradient
                         gradient = type(gradient)(*(factor.flatten(0, 1)[None] for factor in gradient))
-                        rows = size * len(log_p)  # of logits; and the root of the first batch's size
-                        gradient = gradient._replace(g=gradient.g / (rows * first**0.5))
+                        rows = size * len(log_p)  # of logits in this batch
+                        gradient = gradient._replace(g=gradient.g / (rows * first**0.5))  # squared: / B
                     sums[parameter] = sums.get(parameter, 0) + measure(parameter, gradient)
     if not examples:
         raise ValueError("no batches: the Fisher information needs at least one example")
@@ -208,8 +208,9 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
 
 def _forward(tape: SimpleNamespace, inputs: dict) -> tuple[list[torch.Tensor], dict]:
     """log p of each output [B, C], and the recorded calls by module."""
-    for parameter in () if tape.cut else tape.slow:
-        parameter.requires_grad_()
+    if not tape.cut:
+        for parameter in tape.slow:
+            parameter.requires_grad_()
     tape.on, tape.calls = True, {}
     output = tape.model(**inputs)
     tape.on = False
@@ -245,7 +246,8 @@ def _log_probabilities(model: nn.Module, batch: dict, output) -> list[torch.Tens
 def _draws(log_p: list[torch.Tensor], batch: dict, labels: str, generator: torch.Generator) -> list:
     """What stands for the expectation over y in Eq. 1: the sum of squared gradients of these log p(y|x) [B].
 
-    They are weighted by the root of p, since layers may see the examples in another order.
+    For "exact" sqrt(p), held constant, times log p has the squared gradient p ||grad log p||^2. It is weighted
+    here, since a layer may order the examples otherwise.
     """
     if labels == "exact":  # grad log p has mean zero, so the traces of independent start and end add up
         return [part[:, y] * part[:, y].detach().exp().sqrt() for part in log_p for y in range(part.shape[1])]
