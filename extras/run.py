@@ -51,11 +51,11 @@ def run_folder(settings) -> Path:
 
 
 def is_our_log(path: Path) -> bool:
-    """Whether its first line, if there is one, is an event of a run."""
+    """Whether it begins, as far as it goes, with an event of a run."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(11) in (b"", b'{"event": "')
+        return b'{"event": "'.startswith(file.read(11))
 
 
 def fingerprint(rows: dict[str, list[dict]]) -> str:
