@@ -106,9 +106,10 @@ def load_data(settings) -> tuple[dict[str, list[dict]], list]:
 
 def sampled(rows: dict[str, list[dict]], settings) -> dict[str, list[dict]]:
     """What --train-examples and --test-examples leave: to train on by seed, to test on the same for all."""
-    splits = {name: sample(of_split, settings.test_examples, seed=0) for name, of_split in rows.items()}
-    train = sample(rows["train"], settings.train_examples, settings.seed, stratified=True)
-    return splits | {"train": train, "validation": rows["validation"]}
+    train, validation, *languages = rows
+    return {train: sample(rows[train], settings.train_examples, settings.seed, stratified=True),
+            validation: rows[validation],
+            **{language: sample(rows[language], settings.test_examples, seed=0) for language in languages}}
 
 
 def test_languages(settings) -> list[str]:

@@ -8,7 +8,7 @@ from statistics import mean
 from adapters import write_atomically
 from extras.report import (Methods, bootstrap, by_step, gains, is_one_by_one, scores_of, standard_of,
                            weakest_first)
-from tasks import UserError
+from extras.rows import UserError
 
 LANGUAGES = {
     "ar": "Arabic", "bg": "Bulgarian", "ca": "Catalan", "cs": "Czech", "da": "Danish", "de": "German",
