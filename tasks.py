@@ -8,7 +8,7 @@ Liu et al., NAACL 2024: Tables 3, 4 and 15 (presets) and the rules of scoring.
     scores, predictions = task.score(splits["de"], examples, outputs, "de", labels)
 
 First what all tasks share: rows, batches, outputs. Then each kind with all that is its own (pairs, choices,
-spans, masked text), then the presets. A further task is one more entry of TASKS and nothing else:
+spans, tags, masked text), then the presets. A further task is one more entry of TASKS and nothing else:
 
     TASKS["intent"] = dataclasses.replace(TASKS["classify"], columns=("utterance", "label"))
 
@@ -23,7 +23,7 @@ import string
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -35,9 +35,10 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoModelForMaskedLM, AutoModelForMultipleChoice, AutoModelForQuestionAnswering,
-                          AutoModelForSequenceClassification, DataCollatorForLanguageModeling)
+                          AutoModelForSequenceClassification, AutoModelForTokenClassification,
+                          DataCollatorForLanguageModeling)
 
-from extras.rows import (UserError, check_rows, labels_of, languages_in, read_file, read_hub, read_utf8,
+from extras.rows import (UserError, blame, check_rows, labels_of, languages_in, read_file, read_hub, read_utf8,
                          sample)
 
 
@@ -54,10 +55,12 @@ class Task:
     """An example is a dictionary of one sequence's tensors, unpadded; a batch the keywords of the model."""
 
     # its data
-    columns: tuple[str, ...]  # of every row: strings, and "label", a string or an integer, to be predicted
+    columns: tuple[str, ...]  # of every row: strings; by word, lists of them
     optional_columns: tuple[str, ...] = ()  # used where the training file has them
-    values: dict = field(default_factory=dict)  # by column: what it may hold, or a function that reads it;
-    #                                             labels are otherwise those of the training file
+    is_by_word: bool = False  # every column is a list with an entry a word
+    target: str = "label"  # the column that is predicted, strings or integers
+    values: dict = field(default_factory=dict)  # by column: what it may hold, a dictionary of what that is
+    #               read as, or a function that reads it; the target's are otherwise those of the training file
     languages: tuple[str, ...] | None = None  # those the paper tests, English first; None: every test file
     other_languages: tuple[str, ...] = ()  # on the hub, but not tested in the paper
     hub: dict = field(default_factory=dict)  # by split: owner/name/config/split, or language -> rows
@@ -94,14 +97,19 @@ def load_data(settings) -> tuple[dict[str, list[dict]], list]:
     used = {column for row in train.values() for column, value in row.items() if value is not None}
     columns = [*task.columns, *(column for column in task.optional_columns if column in used)]
     absent, values = {*task.optional_columns} - used, dict(task.values)
-    splits = {"train": check_rows(train, columns, absent, values)}
-    if "label" in columns:
-        found = labels_of(splits["train"], place=next(iter(train)))
-        values.setdefault("label", found)
-    splits["validation"] = check_rows(read_split(settings, "validation", "en"), columns, absent, values)
+    check = partial(check_rows, columns=columns, absent=absent, values=values, target=task.target,
+                    is_by_word=task.is_by_word)
+    splits = {"train": check(train)}
+    if task.target in columns:
+        found = labels_of(splits["train"], task.target, place=next(iter(train)))
+        values.setdefault(task.target, found)
+    if task.is_by_word:
+        check_scheme(zip(train, splits["train"]), task.target, found)
+    splits["validation"] = check(read_split(settings, "validation", "en"))
     for language in languages:
-        splits[language] = check_rows(read_split(settings, "test", language), columns, absent, values)
-    return splits, list(values.get("label", []))
+        splits[language] = check(read_split(settings, "test", language))
+    labels = values.get(task.target, [])
+    return splits, [*labels.values()] if isinstance(labels, dict) else [*labels]
 
 
 def sampled(rows: dict[str, list[dict]], settings) -> dict[str, list[dict]]:
@@ -140,6 +148,9 @@ def read_split(settings, split: str, language: str) -> dict[str, dict]:
 # ------------------------------------------------------------------------------------------------------------
 
 
+NO_TAG = -100  # the label of a token that is in no loss, no score and no tr(F)
+
+
 def tensors_of(encoded: dict, i: int) -> dict[str, torch.Tensor]:
     """The i-th sequence that a tokenizer gives, each of its lists as a tensor [T]."""
     return {key: torch.tensor(values[i], dtype=torch.long) for key, values in encoded.items()}
@@ -153,7 +164,9 @@ def tokens_of(example: dict) -> int:
 
 def pad(examples: list[dict], tokenizer) -> dict[str, torch.Tensor]:
     """One batch: sequences padded to the longest, [B, T] or, of several choices, [B, choices, T]."""
-    padding, batch = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}, {}
+    padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id,
+               "labels": NO_TAG}
+    batch = {}
     for key, first in examples[0].items():
         values = [example[key] for example in examples]
         if key in ("row", "offsets"):  # of the score's, not the model's
@@ -443,6 +456,114 @@ TASKS["mlqa"] = SPANS(
     languages=("en", "ar", "de", "es", "hi", "vi", "zh"),
     hub=SQUAD | {"test": "facebook/mlqa/mlqa.{0}.{0}/test"},
     score=partial(score_answers, rules={"": squad_words, "_mlqa": mlqa_words}))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A tag for each word
+# ------------------------------------------------------------------------------------------------------------
+
+
+def encode_words(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
+    """Every word in pieces of its own, its tag at the first of them; `row` is the sentence's number. A long
+    sentence is in several examples."""
+    sentences, tags = zip(*(row.values() for row in rows))
+    encoded, number_of, examples = read_words(sentences, tokenizer), {tag: i for i, tag in enumerate(labels)}, []
+    for row, sentence in enumerate(tags):
+        words = encoded.word_ids(row)  # of each token; None: a special one
+        firsts = [words.index(word) for word in range(len(sentence))]
+        example = tensors_of(encoded, row) | {"labels": torch.full([len(words)], NO_TAG)}
+        example["labels"][firsts] = torch.tensor([number_of[tag] for tag in sentence])
+        end = len(words) - next(i for i, word in enumerate(reversed(words)) if word is not None)
+        examples += [window | {"row": row} for window in windows_in(example, firsts[0], end, max_length)]
+    return examples
+
+
+def read_words(sentences: list[list[str]], tokenizer):
+    """Their tokens. A word that the tokenizer drops (an empty one) is the unknown token."""
+    read = partial(tokenizer, is_split_into_words=True, verbose=False)
+    with blame("the tokenizer of --model does not read word by word", "choose another model"):
+        is_glued = read(["a", "a"])["input_ids"] != tokenizer("a a")["input_ids"]  # without the space between
+        words = [[" " * is_glued + word for word in sentence] for sentence in sentences]
+        kept = map(set, map(read(words).word_ids, range(len(words))))
+        words = [[word if i in seen else tokenizer.unk_token for i, word in enumerate(sentence)]
+                 for sentence, seen in zip(words, kept)]
+        return read(words)
+
+
+def windows_in(example: dict, start: int, end: int, max_length: int) -> list[dict]:
+    """The example, or of one that is too long windows with the special tokens outside of start..end. Windows
+    share a quarter of their tokens, of which each has the labels of the half that it shows more around."""
+    length = len(example["labels"])
+    if length <= max_length:
+        return [example]
+    width, windows = max_length - (length - end + start), []
+    shared = width // 4
+    for first in range(start, end - shared, width - shared):
+        last = min(first + width, end)
+        seen = [*range(start), *range(first, last), *range(end, length)]
+        own = slice(first + (shared // 2 if first > start else 0),
+                    last - (shared - shared // 2 if last < end else 0))
+        labels = torch.full([length], NO_TAG)
+        labels[own] = example["labels"][own]
+        windows.append({key: value[seen] for key, value in (example | {"labels": labels}).items()})
+    return [window for window in windows if (window["labels"] != NO_TAG).any()]
+
+
+def score_tags(rows: list[dict], examples: list[dict], outputs: list, language: str, labels: list) -> tuple:
+    """Percent of words with the right tag; where the tags are BIO, before it F1 over entities."""
+    guesses, gold = [[] for _ in rows], [[*row.values()][1] for row in rows]
+    for example, logits in zip(examples, outputs):  # [C, T]: windows in order, each word tagged in one
+        tagged = (example["labels"] != NO_TAG).nonzero()[:, 0]
+        guesses[example["row"]] += [labels[i] for i in logits[:, tagged].argmax(0)]
+    right = [guess == tag for pair in zip(guesses, gold) for guess, tag in zip(*pair, strict=True)]
+    scores = {"accuracy": 100 * mean(right)}
+    if is_bio(labels):
+        found, there = ({(number, *entity) for number, tags in enumerate(sentences) for entity in entities(tags)}
+                        for sentences in (guesses, gold))
+        scores = {"f1": 200 * len(found & there) / max(1, len(found) + len(there))} | scores
+    return scores, [{"tags": tags} for tags in guesses]
+
+
+def is_bio(tags: list) -> bool:
+    return any(str(tag)[:2] in ("B-", "I-") for tag in tags)
+
+
+def check_scheme(rows: Iterable[tuple[str, dict]], column: str, labels: list) -> None:
+    """Refuse tags of which only some are BIO: it would not be known what the entities are."""
+    odd = {tag for tag in labels if tag != "O" and not re.fullmatch("[BI]-.+", str(tag))}
+    for place, row in rows if is_bio(labels) else ():
+        if found := odd.intersection(row[column]):
+            raise UserError(f"{place}: {column} {min(found, key=str)!r} is none of O, B-TYPE and I-TYPE (BIO), as "
+                            "others are: write all as BIO, or none")
+
+
+def entities(tags: list[str]) -> list[tuple[str, int, int]]:
+    """Type, first word and the one after the last of each entity, as CoNLL's script and seqeval read BIO: I-
+    goes on with an entity of its type, and begins one elsewhere."""
+    found, kind, first = [], None, 0
+    for i, tag in enumerate([*tags, "O"]):
+        if tag[0] == "I" and tag[2:] == kind:
+            continue
+        if kind:
+            found.append((kind, first, i))
+        kind, first = tag[2:], i
+    return found
+
+
+WIKIANN = dict(enumerate(["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]))
+TAGS = partial(
+    PAIRS, is_by_word=True, head=AutoModelForTokenClassification, encode=encode_words, score=score_tags,
+    forward=lambda model, batch: model(**batch).logits.mT)  # [B, C, T]
+
+TASKS["ner"] = TAGS(
+    columns=("tokens", "ner_tags"), target="ner_tags", values={"ner_tags": WIKIANN},
+    languages=tuple("en ja zh ar jv sw is my qu cdo ilo xmf mi mhr tk gn".split()),  # MAD-X's
+    other_languages=tuple("af bg bn de el es et eu fa fi fr he hi hu id it ka kk ko ml mr ms nl pt ru ta te th "
+                          "tl tr ur vi yo".split()),
+    hub={"train": "unimelb-nlp/wikiann/en/train", "validation": "unimelb-nlp/wikiann/en/validation",
+         "test": "unimelb-nlp/wikiann/{}/test"})
+
+TASKS["tag"] = TAGS(columns=("tokens", "tags"), target="tags")  # any data folder
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -727,8 +727,11 @@ def examples_of(task: str, rows: int = 17) -> list[dict]:
     answers = {"xnli": {"labels": 2}, "xcopa": {"labels": 1},
                "xquad": {"start_positions": 1, "end_positions": 2}}  # the largest
     examples = [{"input_ids": [ids(), ids()] if task == "xcopa" else ids(), "row": i}
-                | {key: draw.randint(0, most) for key, most in answers[task].items()} for i in range(rows)]
+                | {key: draw.randint(0, most) for key, most in answers.get(task, {}).items()} for i in range(rows)]
     for example in examples:
+        if task == "tag":
+            example["labels"] = torch.tensor([draw.choice([0, 1, 2, -100]) for _ in example["input_ids"]])
+            example["labels"][1] = 1
         ones = [torch.ones_like(ids) for ids in example["input_ids"]]
         example["attention_mask"] = ones if task == "xcopa" else torch.ones_like(example["input_ids"])
     return sorted(examples, key=tasks.tokens_of)
@@ -741,10 +744,18 @@ def loss_alone(task: str, model: nn.Module, example: dict) -> torch.Tensor:
         return nn.functional.cross_entropy(scores, torch.tensor(example["labels"]))
     answer = {key: torch.tensor([value]) for key, value in example.items() if isinstance(value, int)}
     answer.pop("row")
+    if task == "tag":
+        answer = {"labels": example["labels"][None]}
     return model(input_ids=example["input_ids"][None], **answer).loss
 
 
-HEADS = {"xnli": "SequenceClassification", "xquad": "QuestionAnswering", "xcopa": "MultipleChoice"}
+def words_in(example: dict) -> int:
+    """What an example counts in a batch's loss: the words that have a tag, otherwise one."""
+    return int((example["labels"] != -100).sum()) if isinstance(example.get("labels"), torch.Tensor) else 1
+
+
+HEADS = {"xnli": "SequenceClassification", "xquad": "QuestionAnswering", "xcopa": "MultipleChoice",
+         "tag": "TokenClassification"}
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
@@ -763,7 +774,8 @@ def test_a_packed_batch_has_the_gradient_of_its_examples_one_by_one(
     randomise(blocks)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     examples, tokenizer = examples_of(task), transformers.AutoTokenizer.from_pretrained(assets / "model")
-    expected = sum(loss_alone(task, model, example) for example in examples) / len(examples)
+    count = list(map(words_in, examples))
+    expected = sum(n * loss_alone(task, model, example) for n, example in zip(count, examples)) / sum(count)
     gradients = torch.autograd.grad(expected, parameters, materialize_grads=True)
     close = 1e-12
     if device == "cuda":  # whose attention has no float64
@@ -1197,7 +1209,7 @@ def test_packing_leaves_the_results_of_a_run_and_no_trace_in_its_model(assets, t
 
 
 METRICS = {"xnli": ["accuracy"], "xcopa": ["accuracy"], "xquad": ["f1", "em"],
-           "mlqa": ["f1", "em", "f1_mlqa", "em_mlqa"]}
+           "mlqa": ["f1", "em", "f1_mlqa", "em_mlqa"], "tag": ["f1", "accuracy"], "ner": ["f1", "accuracy"]}
 
 
 @pytest.mark.parametrize("adapter", ["pfeiffer", "lora", "full"])
@@ -1227,6 +1239,13 @@ def test_every_task_runs_with_adapters_lora_and_in_full(task, adapter, assets, t
             exact = sum(row["answers"]["text"][0] == answer["text"].removeprefix("a ")  # no articles
                         for row, answer in zip(rows, predictions))
             assert results["scores"][language]["em"] == pytest.approx(100 * exact / 12)
+        elif task in ("tag", "ner"):
+            names = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
+            gold = [row.get("tags") or [names[tag] for tag in row["ner_tags"]] for row in rows]
+            pairs = [pair for tags, answer in zip(gold, predictions)
+                     for pair in zip(tags, answer["tags"], strict=True)]
+            assert results["scores"][language]["accuracy"] == pytest.approx(
+                100 * sum(tag == guess for tag, guess in pairs) / len(pairs))
         else:
             right = sum(row["label"] == answer["label"] for row, answer in zip(rows, predictions))
             assert results["scores"][language]["accuracy"] == pytest.approx(100 * right / 12)

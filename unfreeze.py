@@ -48,7 +48,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from torch import nn
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForMaskedLM, AutoModelForQuestionAnswering,
-                          AutoModelForSequenceClassification, AutoTokenizer)
+                          AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer)
 
 from adapters import (add_language_adapter, add_lora, add_task_adapters, save_adapter, save_head,
                       set_language)
@@ -223,7 +223,7 @@ class Settings:
     lr: float | None = option(None, "learning rate at the start", type=float)
     decay: str | None = option(None, "of the learning rate", choices=["linear", "constant"])
     batch_size: int | None = option(None, "training sequences per step", least=1)
-    max_length: int | None = option(None, "tokens per sequence; texts are cut, contexts split", least=16)
+    max_length: int | None = option(None, "tokens per sequence; texts are cut, contexts and sentences split", least=16)
     train_examples: int | None = option(None, "train on a random sample of this size", least=1)
     test_examples: int | None = option(None, "test on a fixed random sample of each language", least=1)
     seed: int = option(0, "of head, adapters, dropout, data order and Rand; several in quotes, too", least=0)
@@ -675,7 +675,7 @@ def set_labels(config, head: type, labels: list) -> bool:
     before = config.id2label, config.problem_type
     if head is AutoModelForQuestionAnswering:
         config.num_labels = 2  # start and end, whatever the model was trained for before
-    elif head is AutoModelForSequenceClassification:
+    elif head in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
         names = [str(label) for label in labels]
         if len({*names}) < len(names):  # 1 and "1"
             names = [repr(label) for label in labels]

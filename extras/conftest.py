@@ -201,6 +201,13 @@ def task_rows(task: str, language: str, count: int = 12) -> list[dict]:
         return [{"premise": f"a {words[i % 4]}", "choice1": words[i % 4],
                  "choice2": f"nice {words[(i + 1) % 4]}", "question": ("cause", "effect")[i // 2 % 2],
                  "label": i % 2, "idx": i} for i in range(count)]
+    if task in ("tag", "ner"):  # a colour is a name of two kinds, and of two words in a row or three
+        tags = ["B-PER", "B-LOC", "O", "O"] if task == "tag" else [1, 5, 0, 0]
+        inside = {"B-PER": "I-PER", "B-LOC": "I-LOC", "O": "O", 1: 2, 5: 6, 0: 0}
+        return [{"tokens": ["a", "nice", *[words[i % 4]] * (1 + i % 3), ""],
+                 ("tags" if task == "tag" else "ner_tags"): [
+                     tags[2], tags[2], tags[i % 4], *[inside[tags[i % 4]]] * (i % 3), tags[2]]}
+                for i in range(count)]
     rows = []
     for i in range(count):
         context = " ".join(["a", "nice", "a nice a"[: 1 + i % 8].strip(), words[i % 4], "nice"] * (1 + i % 3))

@@ -178,18 +178,20 @@ def read_hub(place: str) -> dict[str, dict]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def check_rows(rows: dict[str, dict], columns: list[str], absent: set[str], values: dict) -> list[dict]:
+def check_rows(rows: dict[str, dict], columns: list[str], absent: set[str], values: dict, target: str = "label",
+               is_by_word: bool = False) -> list[dict]:
     """These columns of every row, which has none of `absent`; an error names the row's place."""
     checked = []
     for place, row in rows.items():
         try:
-            checked.append(check_row(row, columns, absent, values))
+            checked.append(check_row(row, columns, absent, values, target, is_by_word))
         except ValueError as error:
             raise UserError(f"{place}: {error}") from None
     return checked
 
 
-def check_row(row: dict, columns: list[str], absent: set[str], values: dict) -> dict:
+def check_row(row: dict, columns: list[str], absent: set[str], values: dict, target: str,
+              is_by_word: bool) -> dict:
     """These columns of one row; ValueError says what is wrong with it."""
     for column in columns:
         if row.get(column) is None:
@@ -198,26 +200,43 @@ def check_row(row: dict, columns: list[str], absent: set[str], values: dict) -> 
         if row.get(column) is not None:
             raise ValueError(f"a column {column!r}, which the training file lacks: all rows of all files "
                              "need it, or none")
-    return {column: read_value(column, row[column], values.get(column)) for column in columns}
+    read = read_list if is_by_word else read_value
+    row = {column: read(column, row[column], values.get(column), column == target) for column in columns}
+    if is_by_word and len({*map(len, row.values())}) > 1:
+        counts = " and ".join(f"{len(entries)} {column}" for column, entries in row.items())
+        raise ValueError(f"{counts}: every word needs one of each")
+    return row
 
 
-def read_value(column: str, value, allowed: tuple | list | Callable | None):
-    """The value, as the function `allowed` reads it or as one of `allowed`; ValueError says what is wrong."""
+def read_list(column: str, value, allowed: dict | tuple | list | Callable | None, is_target: bool) -> list:
+    """A list with an entry a word, in a table as JSON, each read as by `read_value`."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"column {column!r} must be a list with an entry for each word, not {value!r:.60}")
+    return [read_value(column, entry, allowed, is_target) for entry in value]
+
+
+def read_value(column: str, value, allowed: dict | tuple | list | Callable | None, is_target: bool):
+    """The value, as the function `allowed` reads it, or as one of `allowed`; ValueError says what is wrong."""
     if callable(allowed):
         return allowed(value)
-    if not isinstance(value, str) and (column != "label" or type(value) is not int):
-        kind = "a string or an integer" if column == "label" else "a string"
+    if not isinstance(value, str) and not (is_target and type(value) is int):
+        kind = "a string or an integer" if is_target else "a string"
         raise ValueError(f"column {column!r} must be {kind}, not {value!r}")
     if allowed and value not in allowed:
-        known = [repr(known) if column == "label" else known for known in allowed]
+        known = [repr(known) if is_target else known for known in allowed]
         listed = ", ".join(known[:5]) + ", …" * (len(known) > 5)
         raise ValueError(f"{column} {value!r} is not one of {listed}")
-    return value
+    return allowed[value] if isinstance(allowed, dict) else value
 
 
-def labels_of(rows: list[dict], place: str) -> list:
+def labels_of(rows: list[dict], column: str, place: str) -> list:
     """The labels that occur: integers by value, then strings by alphabet."""
-    labels = sorted({row["label"] for row in rows}, key=lambda label: (isinstance(label, str), label))
+    values = (row[column] for row in rows)
+    found = {label for value in values for label in (value if isinstance(value, list) else [value])}
+    labels = sorted(found, key=lambda label: (isinstance(label, str), label))
     if len(labels) < 2:
         raise UserError(f"{place} and all other rows have one label, {labels[0]!r}: add others")
     folded = [" ".join(str(label).casefold().split()) for label in labels]
