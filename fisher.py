@@ -18,24 +18,31 @@ that is used outside its layer: a second forward pass, of one example of the bat
 labels="official" is what the paper's code computes instead (see `fisher_trace`).
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain, product
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, pad
 
 LABELS = ("sampled", "exact", "argmax", "gold", "official")
-TARGETS = ("labels", "start_positions", "end_positions")  # batch entries that only "gold" reads
-CHUNK = 2**24  # elements of per-example gradients held at a time
+FAMILIES = ("classes", "bernoulli", "gaussian")
+TARGETS = ("labels", "start_positions", "end_positions")  # batch entries that the model does not see
+CHUNK = 2**24  # elements of per-example gradients, or of logits in float32, held at a time
+PASSES = 4096  # backward passes that "exact" may take for labels of positions
+CAUSAL = re.compile(  # classes of transformers whose logits t are of token t + 1; XLNet's and XLM's are not
+    "ForCausalLM|(?<!XLNet)(?<!With)LMHeadModel|ModelWithLMHead|BertGenerationDecoder|ForConditionalGeneration")
 
 
 def fisher_trace(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Module], labels: str = "sampled",
-                 generator: torch.Generator | None = None) -> torch.Tensor:
+                 generator: torch.Generator | None = None, draws: int = 1,
+                 family: str | None = None) -> torch.Tensor:
     """tr(F) of each block: the mean over examples of || grad log p(y|x) ||^2, as float64 [len(blocks)].
 
     labels: "sampled" draws one y per example from the model's own output (equation 1) with `generator` (None:
@@ -57,14 +64,15 @@ def fisher_trace(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modu
     def trace(parameter: nn.Parameter, gradient: Factors) -> torch.Tensor:
         return gradient.squared_norms().sum().double()  # Eq. 1: || grad log p(y|x) ||^2
 
-    sums, count = _accumulate(model, batches, blocks, labels, generator, trace)
+    sums, count = _accumulate(model, batches, blocks, labels, generator, draws, family, trace)
     zero = torch.zeros_like(next(iter(sums.values()), torch.zeros((), dtype=torch.float64)))
     return torch.stack([sum((sums.get(parameter, zero) for parameter in block.parameters()), zero)
                         for block in blocks]) / count  # Eq. 1: E_x
 
 
 def fisher_diagonal(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Module],
-                    labels: str = "sampled", generator: torch.Generator | None = None) -> list[dict]:
+                    labels: str = "sampled", generator: torch.Generator | None = None, draws: int = 1,
+                    family: str | None = None) -> list[dict]:
     """The diagonal of F: per block, by parameter name, the mean over examples of the squared gradient.
 
     Each tensor has its parameter's shape. Arguments, side effects (none) and errors as for `fisher_trace`,
@@ -73,7 +81,7 @@ def fisher_diagonal(model: nn.Module, batches: Iterable[dict], blocks: list[nn.M
     def squares(parameter: nn.Parameter, gradient: Factors) -> torch.Tensor:
         return gradient.squares(parameter.shape)
 
-    sums, count = _accumulate(model, batches, blocks, labels, generator, squares)
+    sums, count = _accumulate(model, batches, blocks, labels, generator, draws, family, squares)
     return [{name: sums.get(parameter, torch.zeros_like(parameter.detach())) / count
              for name, parameter in block.named_parameters()} for block in blocks]
 
@@ -164,10 +172,15 @@ def _by_example(value: torch.Tensor, examples: int) -> torch.Tensor:
 
 
 def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Module], labels: str,
-                generator: torch.Generator | None, measure: Callable) -> tuple[dict, int]:
+                generator: torch.Generator | None, draws: int, family: str | None,
+                measure: Callable) -> tuple[dict, int]:
     """The sum of measure(parameter, gradient) by parameter over batches and labels; and what to divide by."""
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}, not {labels!r}")
+    if family not in (None, *FAMILIES):
+        raise ValueError(f"family must be None or one of {', '.join(FAMILIES)}, not {family!r}")
+    if type(draws) is not int or draws < 1 or draws > 1 and labels != "sampled":
+        raise ValueError(f"draws must be a whole number from 1, and 1 unless labels='sampled', not {draws!r}")
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
     generator = generator or torch.Generator().manual_seed(0)
@@ -176,26 +189,26 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
     _warn(slow, owners)
     sums, examples, first, used = {}, 0, 0, set()
     with _restored(model), _recorder(model, owners, slow) as tape:
-        tape.masked = labels != "official"
+        tape.masked, tape.family = labels != "official", family
         for batch in batches:
             inputs = {key: value for key, value in batch.items() if key not in TARGETS}
             for key, value in inputs.items():
                 if isinstance(value, torch.Tensor) and value.is_inference():
                     inputs[key] = value.clone()  # one that autograd may save
-            log_p, calls = _checked_forward(tape, inputs)
-            size = len(log_p[0])
+            logits, calls = _checked_forward(tape, inputs)
+            size = len(logits)
             if not size:
                 continue
             examples, first = examples + size, first or size
-            if log_p[0].requires_grad:
+            if logits.requires_grad:
                 used.update(*(owners[module].values() for module in calls))
-            draws = _draws(log_p, batch, labels, generator)
-            for number, chosen in enumerate(draws, 1):
-                for parameter, gradient in _gradients(chosen, calls, tape, keep_graph=number < len(draws)):
+            several = labels == "exact" or draws > 1
+            for seed in _seeds(logits, _known(tape, logits, batch, labels), labels, draws, tape.head, generator):
+                for parameter, gradient in _gradients(logits, seed, calls, tape, keep_graph=several):
                     used.add(parameter)
                     if labels == "official":  # the batch as one example [1, B T, H]: its mean gradient
                         gradient = type(gradient)(*(factor.flatten(0, 1)[None] for factor in gradient))
-                        rows = size * len(log_p)  # of logits in this batch
+                        rows = size * (logits.shape[1] if tape.head in ("tokens", "spans") else 1)  # of logits
                         gradient = gradient._replace(g=gradient.g / (rows * first**0.5))  # squared: / B
                     sums[parameter] = sums.get(parameter, 0) + measure(parameter, gradient)
     if not examples:
@@ -203,82 +216,170 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
     if idle := [index for index, block in enumerate(blocks) if used.isdisjoint(block.parameters())]:
         who = "no block" if len(idle) == len(blocks) else f"not every block (not {', '.join(map(str, idle))})"
         raise ValueError(f"{who} took part in the model's forward pass")
-    return sums, 1 if labels == "official" else examples
+    return sums, 1 if labels == "official" else examples * draws
 
 
-def _forward(tape: SimpleNamespace, inputs: dict) -> tuple[list[torch.Tensor], dict]:
-    """log p of each output [B, C], and the recorded calls by module."""
+def _forward(tape: SimpleNamespace, inputs: dict) -> tuple[torch.Tensor, dict]:
+    """The logits [B, T, C] of T independent labels of C classes, and the recorded calls by module."""
     if not tape.cut:
         for parameter in tape.slow:
             parameter.requires_grad_()
     tape.on, tape.calls = True, {}
     output = tape.model(**inputs)
     tape.on = False
-    return _log_probabilities(tape.model, inputs if tape.masked else {}, output), tape.calls
+    return _logits(tape, inputs if tape.masked else {}, output), tape.calls
 
 
-def _log_probabilities(model: nn.Module, batch: dict, output) -> list[torch.Tensor]:
-    name = type(model).__name__
+def _logits(tape: SimpleNamespace, batch: dict, output) -> torch.Tensor:
+    name = type(tape.model).__name__
     if type(output) is tuple:
         raise ValueError(f"{name} returned a tuple: set `model.config.return_dict = True`, or return logits")
     if isinstance(output, dict):
         output = SimpleNamespace(**output)
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    if problem not in (None, "single_label_classification"):
-        raise ValueError(f"{name} is made for {problem}: its logits are not those of one label among classes")
     logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
-    if logits is not None:
-        parts = [logits]
-    elif getattr(output, "start_logits", None) is not None:
-        hidden = batch["attention_mask"].flatten(1) == 0 if "attention_mask" in batch else torch.tensor(False)
-        parts = [part.masked_fill(hidden.to(part.device), -torch.inf)
-                 for part in (output.start_logits, output.end_logits)]
-    else:
+    family = tape.family or _family(tape.model, logits)
+    if logits is None and getattr(output, "start_logits", None) is not None:
+        logits = torch.stack([output.start_logits, output.end_logits], 1)  # [B, 2, T]
+        hidden = batch["attention_mask"].flatten(1) == 0 if "attention_mask" in batch else torch.tensor([False])
+        logits = logits.masked_fill(hidden[:, None].to(logits.device), -torch.inf)
+        tape.head = "spans"
+    elif logits is None:
         raise ValueError(f"{name} returned no `logits`, nor `start_logits`: it needs a head")
-    for part in parts:
-        if part.ndim != 2 or part.shape[1] < 2:
-            raise ValueError(f"logits must be [B, C] with two classes or more, not {list(part.shape)}")
-        if not part.is_meta and not part.max(-1).values.isfinite().all():
-            raise ValueError("the model's logits are not finite: the Fisher information is undefined")
-    return [part.to(torch.promote_types(part.dtype, torch.float32)).log_softmax(-1) for part in parts]
+    else:
+        tape.head = "tokens" if logits.ndim == 3 else family
+    if logits.ndim not in (2, 3) or (logits.shape[-1] < 2 if family == "classes" else logits.ndim == 3):
+        raise ValueError("logits must be [B, C] or [B, T, C] with two classes or more, or [B, C] with family="
+                         f"'bernoulli' or 'gaussian', not {list(logits.shape)} with {family!r}")
+    if not logits.is_meta and not (logits.max(-1).values if family == "classes" else logits).isfinite().all():
+        raise ValueError("the model's logits are not finite: the Fisher information is undefined")
+    if tape.head == "bernoulli":
+        return torch.stack([torch.zeros_like(logits), logits], -1)  # sigmoid(z) is the softmax of (0, z)
+    return {"classes": logits[:, None], "gaussian": logits[..., None]}.get(tape.head, logits)
 
 
-def _draws(log_p: list[torch.Tensor], batch: dict, labels: str, generator: torch.Generator) -> list:
-    """What stands for the expectation over y in Eq. 1: the sum of squared gradients of these log p(y|x) [B].
+def _family(model: nn.Module, logits: torch.Tensor | None) -> str:
+    """That of the model's own loss, in which spans, positions and choices are classes whatever the config says."""
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    if logits is None or logits.ndim != 2 or "MultipleChoice" in type(model).__name__:
+        return "classes"
+    if problem is None and logits.shape[1] == getattr(config, "num_labels", None) == 1:
+        return "gaussian"
+    return {"multi_label_classification": "bernoulli", "regression": "gaussian"}.get(problem, "classes")
 
-    For "exact" sqrt(p), held constant, times log p has the squared gradient p ||grad log p||^2. It is weighted
-    here, since a layer may order the examples otherwise.
+
+def _known(tape: SimpleNamespace, logits: torch.Tensor, batch: dict, labels: str) -> torch.Tensor:
+    """[B, T]: -100 for a label that does not count; for one that does, the batch's, or else 0."""
+    keys = TARGETS[1:] if tape.head == "spans" else TARGETS[:1]
+    if labels == "gold" and not batch.keys() >= {*keys}:
+        raise ValueError(f"labels='gold' needs {' and '.join(map(repr, keys))} in every batch")
+    if labels == "official" or tape.head != "tokens" and labels != "gold":
+        return torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
+    has_decoder = tape.head == "tokens" and getattr(
+        getattr(tape.model, "config", None), "is_encoder_decoder", False)
+    if has_decoder and "decoder_input_ids" not in batch:  # some models would make up their own
+        raise ValueError("an encoder-decoder needs 'decoder_input_ids' in every batch")
+    mask = "decoder_attention_mask" if has_decoder else "attention_mask"
+    names = keys if keys[0] in batch else (mask,)
+    values = [torch.as_tensor(batch.get(name, torch.ones(logits.shape[:2])), device=logits.device)
+              for name in names]
+    y = torch.cat([value.reshape(*value.shape[:1], -1) for value in values], 1)  # [B] is [B, 1]
+    if names == (mask,):
+        y = torch.where(y != 0, 0, -100)
+    is_fit = {"gaussian": y.isfinite().all(), "bernoulli": ((y == 0) | (y == 1)).all()}.get(
+        tape.head, not y.is_floating_point())
+    if y.shape != logits.shape[:2] or not is_fit:
+        kind = {"gaussian": "finite", "bernoulli": "0 or 1"}.get(tape.head, "whole numbers")
+        raise ValueError(f"{' and '.join(map(repr, names))} must be {kind}, one for each of {logits.shape[0]} x "
+                         f"{logits.shape[1]} labels, not {str(y.dtype)[6:]} {list(y.shape)}")
+    if tape.head == "tokens" and _predicts_next(tape.model):
+        y = torch.cat([y[:, 1:], torch.full_like(y[:, :1], -100)], 1)
+    return y if tape.head == "gaussian" else y.long()
+
+
+def _predicts_next(model: nn.Module) -> bool:
+    """Whether logits t are of token t + 1: by the names of the model's class and its bases (of peft's wrapper,
+    the model inside)."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    if any(CAUSAL.search(kind.__name__) for kind in type(model).__mro__):
+        return True
+    if any(CAUSAL.search(type(module).__name__) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} holds a language model and may shift its logits or not: "
+                         "measure the language model itself")
+    return False
+
+
+def _seeds(logits: torch.Tensor, known: torch.Tensor, labels: str, draws: int, head: str,
+           generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """For each y that stands for the expectation in Eq. 1, d log p(y|x) / d logits [B, T, C].
+
+    A few positions at a time, and the next y in the same tensor: it is all that is as large as the logits.
     """
-    if labels == "exact":  # grad log p has mean zero, so the traces of independent start and end add up
-        return [part[:, y] * part[:, y].detach().exp().sqrt() for part in log_p for y in range(part.shape[1])]
-    chosen = torch.zeros_like(log_p[0][:, 0])
-    for part, key in zip(log_p, ("labels",) if len(log_p) == 1 else ("start_positions", "end_positions")):
-        if labels == "gold":
-            if key not in batch:
-                raise ValueError(f"labels='gold' needs {key!r} in every batch")
-            y = torch.as_tensor(batch[key], device=part.device)
-            if y.shape != part.shape[:1] or y.is_floating_point():
-                raise ValueError(f"labels='gold' needs whole numbers [B] as {key!r}, not {list(y.shape)}")
-        elif labels == "sampled" and not part.is_meta:
-            p = part.detach().exp().to(generator.device)  # [B, C]
-            y = torch.multinomial(p, 1, generator=generator)[:, 0].to(part.device)  # Eq. 1: y ~ p(y|x)
-        else:
-            y = part.argmax(-1)
-        is_class = (y >= 0) & (y < part.shape[1])  # the loss ignores other gold labels
-        of_y = part.gather(1, y.clamp(0, part.shape[1] - 1)[:, None])[:, 0]
-        chosen = chosen + torch.where(is_class, of_y, 0)
-    return [chosen]
+    z, seed = logits.detach(), torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+    (size, positions, classes), few = logits.shape, max(1, CHUNK // (4 * logits[:, :1].numel()))
+    if labels != "exact":
+        few = min(few, -(-positions // 2))  # the start and the end of a span are drawn one after the other
+        for _ in range(draws):
+            for some, to, given in zip(*(of.split(few, 1) for of in (z, seed, known))):
+                to.copy_(_score(some, _chosen(some, given, labels, head, generator), head, False))
+            yield seed
+        return
+    if head == "tokens" and positions * classes > PASSES:
+        raise ValueError(f"labels='exact' takes {positions} x {classes} backward passes, more than {PASSES}: take "
+                         "'sampled', with as many `draws` as you like")
+    for t, y in product(range(positions), range(classes)):  # as grad log p has mean zero, these traces add up
+        given = torch.where(known[:, t] == -100, -100, y) if head != "gaussian" else z[:, t, 0] + 1
+        seed[:, t] = _score(z[:, t], given, head, True)
+        yield seed
+        seed[:, t] = 0
 
 
-def _gradients(chosen: torch.Tensor, calls: dict, tape: SimpleNamespace, keep_graph: bool) -> Iterator:
+def _chosen(z: torch.Tensor, known: torch.Tensor, labels: str, head: str,
+            generator: torch.Generator) -> torch.Tensor:
+    """y [B, T] of logits [B, T, C], -100 where it does not count."""
+    if labels == "gold":
+        return known
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    if head == "gaussian":
+        if labels != "sampled":
+            raise ValueError(f"labels={labels!r}: a Gaussian is likeliest at its mean, where the gradient is zero")
+        noise = torch.randn(known.shape, generator=generator, device=generator.device, dtype=z.dtype)
+        return z[..., 0] + noise.to(z.device)
+    log_p = z.log_softmax(-1)
+    if labels == "sampled" and not z.is_meta:
+        p = log_p.exp().to(generator.device).flatten(0, 1)
+        y = torch.multinomial(p, 1, generator=generator).to(z.device).view(known.shape)  # Eq. 1: y ~ p(y|x)
+    else:
+        y = log_p.argmax(-1)
+    return torch.where(known == -100, -100, y)
+
+
+def _score(z: torch.Tensor, y: torch.Tensor, head: str, weighted: bool) -> torch.Tensor:
+    """d log p(y|x) / dz, times sqrt(p) if weighted: its square is then p times that of the gradient. Zero if y is
+    no class, as in the loss."""
+    z = z.requires_grad_()
+    x = z.to(torch.promote_types(z.dtype, torch.float32))
+    if head == "gaussian":
+        log_p = -(y - x[..., 0]).square() / 2
+    else:
+        is_class = (y >= 0) & (y < z.shape[-1])
+        of_y = x.log_softmax(-1).gather(-1, y.clamp(0, z.shape[-1] - 1)[..., None])[..., 0]
+        log_p = torch.where(is_class, of_y * of_y.detach().exp().sqrt() if weighted else of_y, 0)
+    return torch.autograd.grad(log_p.sum(), z)[0]
+
+
+def _gradients(logits: torch.Tensor, seed: torch.Tensor, calls: dict, tape: SimpleNamespace,
+               keep_graph: bool) -> Iterator:
     """(parameter, its gradients of log p(y|x) for each example), from one backward pass to the outputs."""
-    if not chosen.requires_grad:
+    if not logits.requires_grad:
         return
     edges = [edge for recorded in calls.values() for *_, edge in recorded]
     keep_graph = keep_graph or bool(tape.slow)
     by_edge = {}
     if edges:
-        found = torch.autograd.grad(chosen.sum(), edges, retain_graph=keep_graph, allow_unused=True)
+        found = torch.autograd.grad(logits, edges, seed, retain_graph=keep_graph, allow_unused=True)
         by_edge = dict(zip(edges, found))
     factors: dict[nn.Parameter, list[tuple]] = {}
     with torch.no_grad():
@@ -288,7 +389,7 @@ def _gradients(chosen: torch.Tensor, calls: dict, tape: SimpleNamespace, keep_gr
                     continue
                 if x._version != version:
                     raise ValueError(f"the model changed the input of a {type(module).__name__} in place")
-                x, g = _by_example(x, len(chosen)), _by_example(by_edge[edge], len(chosen))
+                x, g = _by_example(x, len(logits)), _by_example(by_edge[edge], len(logits))
                 for name, parameter in tape.owners[module].items():
                     if parameter not in tape.slow:
                         factors.setdefault(parameter, []).append(_factors(module, name, x, g))
@@ -298,16 +399,16 @@ def _gradients(chosen: torch.Tensor, calls: dict, tape: SimpleNamespace, keep_gr
             gradient = type(gradient)(*(torch.cat(same, 1) for same in zip(*uses)))
         yield parameter, gradient
     if tape.slow:
-        yield from _slow_gradients(chosen, list(tape.slow))
+        yield from _slow_gradients(logits, seed, list(tape.slow))
 
 
-def _slow_gradients(chosen: torch.Tensor, slow: list[nn.Parameter]) -> Iterator:
+def _slow_gradients(logits: torch.Tensor, seed: torch.Tensor, slow: list[nn.Parameter]) -> Iterator:
     """As `_gradients`, from a backward pass per example."""
-    rows = [torch.autograd.grad(one, slow, retain_graph=True, allow_unused=True) for one in chosen]
+    rows = [torch.autograd.grad(z, slow, of_z, retain_graph=True, allow_unused=True) for z, of_z in zip(logits, seed)]
     for parameter, column in zip(slow, zip(*rows)):
         if any(row is not None for row in column):
             column = [torch.zeros_like(parameter) if row is None else row for row in column]
-            yield parameter, Sum(torch.stack(column).detach().reshape(len(chosen), 1, -1))  # [B, 1, size]
+            yield parameter, Sum(torch.stack(column).detach().reshape(len(rows), 1, -1))  # [B, 1, size]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -389,7 +490,7 @@ def _recorder(model: nn.Module, owners: dict, slow: set) -> Iterator[SimpleNames
     the graph (which, unlike the output, is still true when the model has changed the output in place).
     With `tape.cut`, outputs are cut off from the graph; without `tape.masked`, log p counts padding, too."""
     tape = SimpleNamespace(model=model, owners=owners, slow=slow, on=False, cut=False, masked=True, calls={},
-                           is_checked=False, known=set())  # of `_checked_forward`
+                           family=None, head=None, is_checked=False, known=set())  # of `_checked_forward`
 
     def record(module, arguments, keywords, output):
         if slow.issuperset(owners[module].values()) or not torch.is_grad_enabled():  # no gradient gets here
@@ -414,24 +515,24 @@ def _recorder(model: nn.Module, owners: dict, slow: set) -> Iterator[SimpleNames
             handle.remove()
 
 
-def _checked_forward(tape: SimpleNamespace, inputs: dict) -> tuple[list[torch.Tensor], dict]:
+def _checked_forward(tape: SimpleNamespace, inputs: dict) -> tuple[torch.Tensor, dict]:
     """As `_forward`; of a first batch, and one in which examples have other shapes, it is checked that the
     layers see the examples apart: parameters of those that do not are slow from then on."""
-    log_p, calls = _forward(tape, inputs)
-    size = len(log_p[0])
+    logits, calls = _forward(tape, inputs)
+    size = len(logits)
     shapes = {(module, x.shape[0] / size if x.dim() else 0, x.dim(), x.is_floating_point() and x.shape[-1])
               for module, recorded in calls.items() for x, *_ in recorded if size > 1}  # one tells nothing
     if size and (not tape.is_checked or not shapes <= tape.known):
         tape.is_checked = True
         tape.known |= {shape for shape in shapes if shape[2] > 2}  # fewer: perhaps other rows next time
-        if unfit := _unfit(tape, inputs, log_p, calls):
+        if unfit := _unfit(tape, inputs, logits, calls):
             tape.slow |= unfit
             _warn(unfit, tape.owners, stacklevel=5)
             return _forward(tape, inputs)
-    return log_p, calls
+    return logits, calls
 
 
-def _unfit(tape: SimpleNamespace, inputs: dict, log_p: list[torch.Tensor], calls: dict) -> set[nn.Parameter]:
+def _unfit(tape: SimpleNamespace, inputs: dict, logits: torch.Tensor, calls: dict) -> set[nn.Parameter]:
     """The parameters whose gradients for single examples the layers' calls do not give.
 
     A layer that the batch calls another number of times than the example in its middle alone, or with another
@@ -439,9 +540,9 @@ def _unfit(tape: SimpleNamespace, inputs: dict, log_p: list[torch.Tensor], calls
     positions, or has the batch in another dimension or order.
     Raises ValueError if the model itself mixes examples, or does not run on one.
     """
-    size = len(log_p[0])
+    size = len(logits)
     i = size // 2  # what comes before or after it in the batch would show
-    lone_log_p, lone_calls, unfit = _alone(tape, inputs, i, size)
+    lone_logits, lone_calls, unfit = _alone(tape, inputs, i, size)
     pairs = []  # a module, and two tensors that should be equal
     for module, recorded in calls.items():
         inputs_of = [(x, lone) for (x, *_), (lone, *_) in zip(recorded, lone_calls.get(module, ()))]
@@ -452,22 +553,28 @@ def _unfit(tape: SimpleNamespace, inputs: dict, log_p: list[torch.Tensor], calls
         pairs += [(module, x[i * len(lone) : (i + 1) * len(lone)], lone) for x, lone in inputs_of]
         if _kind(module) == "LoRA":
             pairs += [(module, *pair) for pair in _lora_gradients(module, inputs_of[0][1])]
-    if log_p[0].requires_grad:
-        pairs += _gradients_by_weight(log_p, calls, {module for module, *_ in pairs})
-    if log_p[0].is_meta:
+    if logits.requires_grad:
+        pairs += _gradients_by_weight(logits, calls, {module for module, *_ in pairs})
+    if logits.is_meta:
         return unfit - tape.slow
-    pairs += [(None, part[i : i + 1].exp(), lone.exp()) for part, lone in zip(log_p, lone_log_p)]
-    distances = [torch.dist(one.float(), two.float()) / two.float().norm().clamp(min=1e-30)
-                 for _, one, two in pairs]
-    are_equal = (torch.stack(distances) <= _tolerance(tape.model)).tolist()
-    apart = {module for (module, *_), is_equal in zip(pairs, are_equal) if not is_equal}
+    outputs = ((None, *(_probabilities(part, tape.head) for part in both))
+               for both in _chunks(4 * logits.shape[2], logits[i].detach(), lone_logits[0].detach()))
+    distances = [(module, torch.dist(one.float(), two.float()) / two.float().norm().clamp(min=1e-30))
+                 for module, one, two in chain(pairs, outputs)]  # outputs are made one by one
+    are_equal = (torch.stack([distance for _, distance in distances]) <= _tolerance(tape.model)).tolist()
+    apart = {module for (module, _), is_equal in zip(distances, are_equal) if not is_equal}
     if None in apart:
         raise ValueError(f"{type(tape.model).__name__} gives an example another output alone than in a "
                          "batch: without gradients of single examples there is no Fisher information")
     return unfit.union(*(tape.owners[module].values() for module in apart)) - tape.slow
 
 
-def _alone(tape: SimpleNamespace, inputs: dict, i: int, size: int) -> tuple[list, dict, set]:
+def _probabilities(z: torch.Tensor, head: str) -> torch.Tensor:
+    """[T, C]; of a Gaussian, its mean beside its standard deviation."""
+    return pad(z, (0, 1), value=1) if head == "gaussian" else z.float().softmax(-1)
+
+
+def _alone(tape: SimpleNamespace, inputs: dict, i: int, size: int) -> tuple[torch.Tensor, dict, set]:
     """log p and the calls of example i alone, and the parameters that are used outside their layer, too: with
     the layers' outputs cut off from the graph, log p or a layer's input still depends on them."""
     fast = {parameter for own in tape.owners.values() for parameter in own.values()} - tape.slow
@@ -475,19 +582,19 @@ def _alone(tape: SimpleNamespace, inputs: dict, i: int, size: int) -> tuple[list
         parameter.requires_grad_(parameter in fast)
     tape.cut = True
     try:
-        log_p, calls = _forward(tape, {key: _one(value, i, size) for key, value in inputs.items()})
-        assert len(log_p[0]) == 1, "it gives more than one output"
+        logits, calls = _forward(tape, {key: _one(value, i, size) for key, value in inputs.items()})
+        assert len(logits) == 1, "it gives more than one output"
     except (RuntimeError, TypeError, IndexError, AssertionError) as error:
         raise ValueError(f"{type(tape.model).__name__} does not run on one example alone: {error}") from error
     tape.cut, outside = False, set()
-    reached = [*log_p, *(x for recorded in calls.values() for x, *_ in recorded)]
+    reached = [logits, *(x for recorded in calls.values() for x, *_ in recorded)]
     if reached := [value.sum() for value in reached if value.requires_grad]:
         gradients = torch.autograd.grad(sum(reached), list(fast), allow_unused=True)
         outside = {parameter for parameter, gradient in zip(fast, gradients) if gradient is not None}
     for parameter in fast | tape.slow:
         parameter.requires_grad_(parameter in tape.slow)
     detached = {module: [(x.detach(), *rest) for x, *rest in recorded] for module, recorded in calls.items()}
-    return log_p, detached, outside
+    return logits, detached, outside
 
 
 def _one(value, i: int, size: int):
@@ -496,17 +603,18 @@ def _one(value, i: int, size: int):
     return value[i : i + 1] if is_batched and len(value) == size else value
 
 
-def _gradients_by_weight(log_p: list[torch.Tensor], calls: dict, modules: set[nn.Module]) -> list[tuple]:
+def _gradients_by_weight(logits: torch.Tensor, calls: dict, modules: set[nn.Module]) -> list[tuple]:
     """For inputs [N, H], whose rows may be a selection of tokens, as an expert's are: the module, and the
     gradients of its rows weighted by b for those of example b, by us and by autograd."""
     flat = {edge: module for module in modules for x, _, edge in calls[module]
             if x.dim() == 2 and x.is_floating_point()}
     if not flat:
         return []
-    weight = torch.arange(1.0, len(log_p[0]) + 1, device=log_p[0].device)
-    worst = sum(part.masked_fill(part.isneginf(), torch.inf).min(-1).values for part in log_p)  # [B]
-    plain, weighted = (torch.autograd.grad((one * worst).sum(), [*flat], retain_graph=True, allow_unused=True)
-                       for one in (torch.ones_like(weight), weight))
+    weight = torch.arange(1.0, len(logits) + 1, device=logits.device)
+    slope = torch.linspace(1, 2, logits.shape[2], device=logits.device)  # of any kind that is not constant
+    plain, weighted = (torch.autograd.grad(
+        logits, [*flat], (one[:, None, None] * slope).expand_as(logits).to(logits.dtype), retain_graph=True,
+        allow_unused=True) for one in (torch.ones_like(weight), weight))
     return [(module, one.reshape(len(weight), -1) * weight[:, None], two.reshape(len(weight), -1))
             for module, one, two in zip(flat.values(), plain, weighted) if one is not None and one.numel()]
 

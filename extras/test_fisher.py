@@ -1,18 +1,22 @@
 """fisher.py on models of all sorts: each measures what a loop over single examples does, or is refused."""
 
 import copy
+import itertools
 import shutil
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn.functional import linear
 from torch.nn.utils.prune import l1_unstructured
 
 import fisher
-from adapters import add_task_adapters
+from adapters import add_lora, add_task_adapters
+from extras.bench import peak_memory
 from extras.conftest import (ADAPTERHUB, HERE, batch, needs_adapterhub, randomise, run_alone, tiny_model)
 from fisher import fisher_diagonal, fisher_trace
 
@@ -286,6 +290,281 @@ def test_inference_mode_and_a_wrapped_model_measure_the_same():
             fisher_trace(soft, [{"input": torch.randn(2, 3)}], [soft])
     wrapped = nn.DataParallel(model, device_ids=[])  # on the CPU, also where there is a CUDA device
     assert torch.equal(fisher_trace(wrapped, [batch()], blocks), expected)
+
+
+# ---- heads: labels of positions, several labels, regression ------------------------------------------------
+
+
+def language_model(name: str, **settings) -> nn.Module:
+    torch.manual_seed(1)
+    config = getattr(transformers, name.partition("For")[0].replace("LMHeadModel", "") + "Config")
+    sizes = {"vocab_size": 24, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.3}
+    sizes |= {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 12, "num_labels": 3} if "GPT2" in name else {
+        "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "init_std": 0.3,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
+        "max_position_embeddings": 12, "decoder_start_token_id": 2} if "Bart" in name else {
+        "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
+        "max_position_embeddings": 12}
+    return getattr(transformers, name)(config(**sizes | settings))
+
+
+def tags(**more) -> dict:
+    """Four rows of five tokens; the first is padded; of labels, some count not, and none of the last row's."""
+    torch.manual_seed(2)
+    inputs = {"input_ids": torch.randint(5, 24, (4, 5)), "attention_mask": torch.ones(4, 5, dtype=torch.long),
+              "labels": torch.randint(3, (4, 5))}
+    inputs["attention_mask"][0, 3:] = 0
+    inputs["labels"][0, 3:] = inputs["labels"][1, ::2] = inputs["labels"][3] = -100
+    return inputs | more
+
+
+def without(inputs: dict, *keys) -> dict:
+    return {key: value for key, value in inputs.items() if key not in keys}
+
+
+def tagger(add=lambda model: add_task_adapters(model, 4)) -> tuple:
+    model = tiny_model(head="TokenClassification", num_hidden_layers=2)
+    return model, randomise(add(model))
+
+
+def with_parts(model: nn.Module, *names: str) -> tuple:
+    return model, [model.get_submodule(name) for name in names]
+
+
+def bert_decoder() -> tuple:
+    model = language_model("BertLMHeadModel", is_decoder=True, tie_word_embeddings=False)
+    return model, [*randomise(add_task_adapters(model, 4)), model.cls]
+
+
+TAGS, PLAIN = tags(), without(tags(), "labels")
+TOKENS = {  # model and blocks, a batch, how far labels are shifted, warned of
+    "tags": (tagger, TAGS, 0),
+    "tags, only masked": (tagger, PLAIN, 0),
+    "tags, nothing masked": (tagger, {"input_ids": TAGS["input_ids"]}, 0),
+    "tags, LoRA": (lambda: tagger(lambda model: add_lora(model, r=3, alpha=2)), TAGS, 0),
+    "masked language model, tied": (lambda: with_parts(
+        tiny_model(head="MaskedLM", num_hidden_layers=1, vocab_size=24), "roberta.embeddings", "lm_head"), TAGS, 0),
+    "GPT-2, tied": (lambda: with_parts(
+        language_model("GPT2LMHeadModel"), "transformer.wte", "transformer.h.0", "transformer.ln_f"), TAGS, 1),
+    "GPT-2, only masked": (lambda: with_parts(language_model("GPT2LMHeadModel"), "transformer.h.1.ln_1"), PLAIN, 1),
+    "GPT-2, tags": (lambda: with_parts(
+        language_model("GPT2ForTokenClassification"), "transformer.h.0", "classifier"), TAGS, 0),
+    "Llama": (lambda: with_parts(
+        language_model("LlamaForCausalLM"), "model.layers.0", "model.norm", "lm_head"), TAGS, 1),
+    "BERT as decoder": (bert_decoder, TAGS, 1),
+    "Bart": (lambda: with_parts(
+        language_model("BartForConditionalGeneration"), "model.decoder.layers.0", "model.encoder.layers.0"), tags(
+            decoder_input_ids=torch.randint(5, 24, (4, 3)), labels=torch.tensor([[4, 1, -100]] * 4)), 0),
+    "Bart, masked": (lambda: with_parts(
+        language_model("BartForConditionalGeneration"), "model.decoder.layers.0"), PLAIN | {
+            "decoder_input_ids": torch.randint(5, 24, (4, 3)),
+            "decoder_attention_mask": torch.tensor([[1, 1, 0]] * 4)}, 0),
+}
+
+
+def tokens_of(model: nn.Module, inputs: dict, shift: int) -> tuple[torch.Tensor, list, list]:
+    """log p [B, T, C]; by example the positions that count, and with them the labels they have."""
+    log_p = model(**without(inputs, "labels")).logits.log_softmax(-1)
+    mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask", torch.ones(log_p.shape[:2])))
+    told = inputs.get("labels", torch.where(mask == 0, -100, 0)).tolist()
+    places = [[t for t in range(log_p.shape[1] - shift) if row[t + shift] != -100] for row in told]
+    return log_p, places, [[row[t + shift] for t in of] for row, of in zip(told, places)]
+
+
+def in_halves(draw, rows: torch.Tensor) -> torch.Tensor:
+    """draw([B n, C]) for the first half of the positions of [B, T, C], then for the second: [B, T]."""
+    halves = rows.split(-(-rows.shape[1] // 2), 1)
+    return torch.cat([draw(half.flatten(0, 1)).view(half.shape[:2]) for half in halves], 1)
+
+
+def squares_of(log_ps: list, weights: list, blocks: list[nn.Module]) -> list[dict]:
+    """Per block and parameter, the sum of the weighted squares of the gradients of each log p."""
+    total = [{name: torch.zeros_like(value) for name, value in block.named_parameters()} for block in blocks]
+    for log_p, weight in zip(log_ps, weights):
+        for block, sums in zip(blocks, total):
+            gradients = torch.autograd.grad(log_p, list(block.parameters()), retain_graph=True, allow_unused=True)
+            for name, gradient in zip(sums, gradients):
+                sums[name] += 0 if gradient is None else weight * gradient.square()
+    return total
+
+
+@pytest.mark.filterwarnings("ignore:parameters in")
+@pytest.mark.parametrize("labels", ["sampled", "exact", "argmax", "gold", "official"])
+@pytest.mark.parametrize("name", TOKENS)
+def test_labels_of_positions_measure_what_a_loop_over_single_examples_does(name, labels):
+    make, inputs, shift = TOKENS[name]
+    model, blocks = make()
+    model.double().eval().requires_grad_(True)
+    if labels == "gold" and "labels" not in inputs:
+        with pytest.raises(ValueError, match="labels='gold' needs 'labels' in every batch"):
+            fisher_trace(model, [inputs], blocks, labels)
+        return
+    batched, *_ = tokens_of(model, inputs, shift)
+    generator = torch.Generator().manual_seed(5)
+    drawn = in_halves(lambda p: torch.multinomial(p, 1, generator=generator), batched.detach().exp())
+    log_ps, weights = [], []
+    for i in range(4 if labels != "official" else 0):
+        single = {key: value[i : i + 1] for key, value in inputs.items()}
+        (log_p,), (places,), (gold,) = tokens_of(model, single, shift)
+        if labels == "exact":
+            log_ps += [log_p[t, y] for t in places for y in range(log_p.shape[1])]
+            weights += [log_p[t, y].exp().item() / 4 for t in places for y in range(log_p.shape[1])]
+        elif places:
+            of = {"sampled": drawn[i, places], "argmax": log_p[places].argmax(1), "gold": gold}[labels]
+            log_ps.append(log_p[places, of].sum())
+            weights.append(1 / 4)
+    if labels == "official":  # every row of logits, and its likeliest class
+        log_ps, weights = [batched.max(-1).values.mean()], [1 / 4]
+    expected = squares_of(log_ps, weights, blocks)
+    found = fisher_diagonal(model, [inputs], blocks, labels, torch.Generator().manual_seed(5))
+    for ours, theirs in zip(found, expected):
+        for key, value in theirs.items():  # Llama's norms compute in float32
+            torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-9)
+    trace = fisher_trace(model, [inputs], blocks, labels, torch.Generator().manual_seed(5))
+    sums = torch.stack([sum(value.sum() for value in block.values()) for block in expected])
+    assert (sums > 0).all()
+    torch.testing.assert_close(trace, sums, rtol=1e-5, atol=0)
+
+
+def joint(log_p: torch.Tensor, ys: torch.Tensor) -> torch.Tensor:
+    """log p of whole examples: of log p [T, C] and every way to label it [N, T], sums [N]."""
+    return log_p[torch.arange(len(log_p)), ys].sum(1)
+
+
+def independent(kind: str, columns: int = 3) -> tuple:
+    """A model, and log p of its logits' independent parts [T, C]; of a Gaussian up to what has no gradient."""
+    problem = {"bernoulli": "multi_label_classification", "gaussian": "regression"}.get(kind)
+    head = "SequenceClassification" if problem else "TokenClassification"
+    model = tiny_model(head=head, num_hidden_layers=2, problem_type=problem if columns > 1 else None,
+                       num_labels=columns).double().eval()
+    return model, randomise(add_task_adapters(model, 4))
+
+
+@pytest.mark.parametrize("kind", ["tokens", "bernoulli"])
+def test_exact_is_the_expectation_over_all_joint_labels_and_draws_come_near_it(kind):
+    model, blocks = independent(kind)
+    model.double().requires_grad_(True)
+    inputs = {"input_ids": torch.tensor([[5, 7, 9], [8, 6, 11]])}
+    log_ps = []
+    for row in inputs["input_ids"]:
+        z = model(row[None]).logits[0]
+        log_p = z.log_softmax(1) if kind == "tokens" else torch.stack([(-z).sigmoid(), z.sigmoid()], 1).log()
+        log_ps += joint(log_p, torch.cartesian_prod(*[torch.arange(log_p.shape[1])] * 3))  # 27 or 8
+    squares = squares_of(log_ps, [log_p.exp().item() / 2 for log_p in log_ps], blocks)
+    expected = torch.stack([sum(value.sum() for value in block.values()) for block in squares])
+    torch.testing.assert_close(fisher_trace(model, [inputs], blocks, "exact"), expected)
+    for ours, theirs in zip(fisher_diagonal(model, [inputs], blocks, "exact"), squares):
+        torch.testing.assert_close(ours, theirs)
+    drawn = fisher_trace(model, [inputs], blocks, draws=1000)
+    torch.testing.assert_close(drawn, expected, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("kind, labels", [
+    *itertools.product(["gaussian"], ["sampled", "exact", "gold"]),
+    *itertools.product(["bernoulli"], ["sampled", "argmax", "gold", "official"])])
+def test_several_labels_and_regression_measure_what_a_loop_over_single_examples_does(kind, labels, columns):
+    model, blocks = independent(kind, columns)
+    model.requires_grad_(True)
+    inputs = batch(4)
+    inputs["labels"] = torch.randn(4, columns) if kind == "gaussian" else torch.randint(2, (4, columns)).float()
+    family = None if columns > 1 or kind == "gaussian" else kind  # one output is a regression's
+    z = model(**without(inputs, "labels")).logits
+    generator, p = torch.Generator().manual_seed(5), z.detach().sigmoid()
+    if kind == "gaussian":
+        noise = in_halves(lambda rows: torch.randn(rows.shape, generator=generator, dtype=z.dtype), z.detach())
+        y = {"sampled": z.detach() + noise, "exact": None, "gold": inputs["labels"]}[labels]
+    else:
+        both = torch.stack([1 - p, p], 2)
+        drawn = in_halves(lambda rows: torch.multinomial(rows, 1, generator=generator), both).double()
+        y = {"sampled": drawn, "gold": inputs["labels"].double()}.get(labels, (p > 0.5).double())
+    log_ps, loss = [], nn.functional.binary_cross_entropy_with_logits
+    for i, row in enumerate(inputs["input_ids"]):
+        (z,) = model(row[None], inputs["attention_mask"][i : i + 1]).logits
+        if labels == "exact":  # E (y - z)^2 is 1, of each output
+            log_ps += [*z]
+        else:
+            log_ps.append(-(y[i] - z).square().sum() / 2 if kind == "gaussian" else -loss(z, y[i], reduction="sum"))
+    weights = [1 / 4] * len(log_ps)
+    if labels == "official":
+        log_ps, weights = [torch.stack(log_ps).mean()], [1 / 4]
+    expected = squares_of(log_ps, weights, blocks)
+    for ours, theirs in zip(fisher_diagonal(model, [inputs], blocks, labels, torch.Generator().manual_seed(5),
+                                            family=family), expected):
+        torch.testing.assert_close(ours, theirs)
+    if columns == 1 and labels != "exact":
+        flat = inputs | {"labels": inputs["labels"][:, 0]}  # as regressions have them
+        trace = fisher_trace(model, [flat], blocks, labels, torch.Generator().manual_seed(5), family=family)
+        assert trace.sum().item() == pytest.approx(sum(v.sum().item() for of in expected for v in of.values()))
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_draws_are_the_mean_of_as_many_measurements(head):
+    model = tiny_model(head=head).double().eval()
+    blocks, inputs = randomise(add_task_adapters(model, 4)), without(batch(), "labels")
+    one_by_one = torch.Generator().manual_seed(7)
+    traces = torch.stack([fisher_trace(model, [inputs], blocks, generator=one_by_one) for _ in range(5)])
+    assert (traces.std(0) > 0).all()
+    found = fisher_trace(model, [inputs], blocks, generator=torch.Generator().manual_seed(7), draws=5)
+    torch.testing.assert_close(found, traces.mean(0))
+    diagonal = fisher_diagonal(model, [inputs], blocks, generator=torch.Generator().manual_seed(7), draws=5)
+    torch.testing.assert_close(torch.stack([sum(v.sum() for v in of.values()) for of in diagonal]), found)
+
+
+def test_labels_choose_positions_and_do_not_reach_the_model():
+    model, blocks = tagger()
+    model.double().eval()
+    trace = partial(fisher_trace, model, blocks=blocks, labels="exact")
+    some = TAGS | {"labels": torch.where(TAGS["labels"] == -100, -100, (TAGS["labels"] + 1) % 3)}
+    assert torch.equal(trace([TAGS]), trace([some]))  # which labels they are is all one
+    assert not torch.equal(trace([TAGS]), trace([PLAIN]))
+    none = TAGS | {"labels": torch.full((4, 5), -100)}
+    assert torch.equal(trace([none]), torch.zeros(2).double())
+    torch.testing.assert_close(trace([none, TAGS]), trace([TAGS]) / 2)  # no label: a gradient of zero
+    shorter = {key: value[:1, :3] for key, value in PLAIN.items()}
+    torch.testing.assert_close(trace([shorter]), trace([{key: value[:1] for key, value in PLAIN.items()}]))
+
+
+class Vocabulary(nn.Module):
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.body = nn.Linear(8, 8, dtype=dtype)
+        self.head = nn.Linear(8, 30_000, bias=False, dtype=dtype)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("labels, draws", [("sampled", 3), ("argmax", 1), ("gold", 1)])
+def test_beside_the_logits_of_a_large_vocabulary_only_their_gradient_is_of_their_size(
+        dtype, labels, draws, monkeypatch):
+    monkeypatch.setattr(fisher, "CHUNK", 2**18)
+    model = Vocabulary(dtype)
+    inputs = {"x": torch.randn(1, 60, 8, dtype=dtype), "labels": torch.randint(30_000, (1, 60))}
+    logits = 60 * 30_000 * dtype.itemsize
+    peak = peak_memory(lambda: fisher_trace(model, [inputs], [model.body], labels, draws=draws))
+    assert 2 * logits < peak < 2 * logits + 8 * 4 * 2**18 / 4 + 2**18
+
+
+@pytest.mark.parametrize("adapted", ["TOKEN_CLS", "CAUSAL_LM", None])
+def test_lora_of_peft_measures_what_a_loop_does(adapted):
+    peft = pytest.importorskip("peft")
+    name = "GPT2LMHeadModel" if adapted != "TOKEN_CLS" else "GPT2ForTokenClassification"
+    config = peft.LoraConfig(task_type=adapted, r=2, target_modules=["c_attn"], init_lora_weights=False)
+    torch.manual_seed(3)
+    model = peft.get_peft_model(language_model(name), config).double().eval()
+    layers = [module for module in model.modules() if type(module).__name__ == "GPT2Block"]
+    learned = [nn.ParameterList(p for key, p in layer.named_parameters() if "lora" in key) for layer in layers]
+    blocks = [nn.ModuleList(m for m in layer.modules() if type(m) is nn.Linear) for layer in layers]
+    shift, log_ps = int(name == "GPT2LMHeadModel"), []
+    for i in range(4):
+        (log_p,), (places,), (gold,) = tokens_of(
+            model, {key: value[i : i + 1] for key, value in TAGS.items()}, shift)
+        log_ps += [log_p[places, gold].sum()] if places else []
+    expected = squares_of(log_ps, [1 / 4] * 4, learned)
+    found = fisher_trace(model, [TAGS], blocks, "gold")
+    torch.testing.assert_close(found, torch.stack([sum(v.sum() for v in of.values()) for of in expected]))
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------
