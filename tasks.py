@@ -25,7 +25,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from statistics import mean
@@ -464,17 +464,23 @@ TASKS["mlqa"] = SPANS(
 
 
 def encode_words(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
-    """Every word in pieces of its own, its tag at the first of them; `row` is the sentence's number. A long
-    sentence is in several examples."""
+    """Every word in pieces of its own; its tag is at the first that shows a character of it, where others put
+    it at a lone space before most words of Chinese. `row` is the sentence's number; a long one is in several
+    examples."""
+    is_blank = lru_cache(None)(lambda piece: not tokenizer.convert_tokens_to_string([piece]).strip())
     sentences, tags = zip(*(row.values() for row in rows))
     encoded, number_of, examples = read_words(sentences, tokenizer), {tag: i for i, tag in enumerate(labels)}, []
     for row, sentence in enumerate(tags):
-        words = encoded.word_ids(row)  # of each token; None: a special one
-        firsts = [words.index(word) for word in range(len(sentence))]
-        example = tensors_of(encoded, row) | {"labels": torch.full([len(words)], NO_TAG)}
-        example["labels"][firsts] = torch.tensor([number_of[tag] for tag in sentence])
-        end = len(words) - next(i for i, word in enumerate(reversed(words)) if word is not None)
-        examples += [window | {"row": row} for window in windows_in(example, firsts[0], end, max_length)]
+        pieces, first, inner = encoded.tokens(row), {}, []
+        for place, word in enumerate(encoded.word_ids(row)):  # None: a special token
+            if word is not None:
+                inner.append(place)
+                if word not in first or is_blank(pieces[first[word]]):
+                    first[word] = place
+        example = tensors_of(encoded, row) | {"labels": torch.full([len(pieces)], NO_TAG)}
+        example["labels"][list(first.values())] = torch.tensor([number_of[sentence[word]] for word in first])
+        examples += [window | {"row": row}
+                     for window in windows_in(example, inner[0], inner[-1] + 1, max_length)]
     return examples
 
 
@@ -487,7 +493,9 @@ def read_words(sentences: list[list[str]], tokenizer):
         kept = map(set, map(read(words).word_ids, range(len(words))))
         words = [[word if i in seen else tokenizer.unk_token for i, word in enumerate(sentence)]
                  for sentence, seen in zip(words, kept)]
-        return read(words)
+        encoded = read(words)
+        assert all({*range(len(sentence))} <= {*encoded.word_ids(i)} for i, sentence in enumerate(words))
+        return encoded
 
 
 def windows_in(example: dict, start: int, end: int, max_length: int) -> list[dict]:
