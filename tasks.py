@@ -483,6 +483,8 @@ def masked_tokens(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Te
     hidden, masked = model.base_model(batch["input_ids"])[0], batch["labels"] != -100  # [B, T, H]
     if hasattr(model, "lm_predictions"):  # DeBERTa-v2's new head
         logits = model.lm_predictions(hidden[masked], model.get_input_embeddings())  # [M, V]
+    elif hasattr(model, "decoder"):  # ModernBERT
+        logits = model.decoder(model.head(hidden[masked]))
     else:
         logits = (model.lm_head if hasattr(model, "lm_head") else model.cls)(hidden[masked])
     logits, labels = logits.float(), batch["labels"][masked]  # [M, V], [M]
