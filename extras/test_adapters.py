@@ -23,6 +23,7 @@ from adapters import (adapter_blocks, add_language_adapter, add_lora, add_task_a
 from extras.conftest import (ADAPTERHUB, HERE, LAYERS, Bomb, batch, contents, cut, flat, inflate,
                              madx_model, needs_adapterhub, randomise, rewrite, run_alone, through,
                              tiny_model, with_adapter)
+from fisher import fisher_trace
 from unfreeze import Unfreezer
 
 
@@ -278,9 +279,11 @@ def test_files_in_half_precision_load_as_float32(tmp_path):
     torch.testing.assert_close(other(**batch()).logits, model(**batch()).logits, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("changed", [{}, {"ln_before": True}])
-def test_save_pretrained_of_a_patched_model_loads_as_the_plain_one_and_takes_its_adapter(changed, tmp_path):
-    model = tiny_model().eval()
+@pytest.mark.parametrize("kind, changed", [
+    ("XLMRoberta", {}), ("XLMRoberta", {"ln_before": True}), ("ModernBert", {"ln_before": True})])
+def test_save_pretrained_of_a_patched_model_loads_as_the_plain_one_and_takes_its_adapter(
+        kind, changed, tmp_path):
+    model = tiny_model(kind).eval()
     plain = model(**batch()).logits
     with_adapter(model, adapters.SEQ_BN | changed)
     expected = model(**batch()).logits
@@ -671,6 +674,53 @@ def test_modernbert_has_the_logits_gradients_and_names_of_adapterhubs_library(ca
     logits.square().mean().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, stored.get(f"grad/{name}"), rtol=0, atol=1e-5)
+
+
+def test_modernberts_traces_are_those_of_a_loop_over_examples():
+    model, stored = modern_case("stack")
+    blocks = randomise(add_task_adapters(model, reduction_factor=2))
+    randomise(add_language_adapter(model, "en"))
+    set_language(model, "en")
+    ids = stored["ids"]
+    expected = torch.zeros(1 + len(blocks))
+    model.requires_grad_(True)
+    for row in ids:
+        log_p = modern_logits(model, row[row != 1][None])[0].log_softmax(-1)
+        for value in log_p:
+            for i, block in enumerate([model.base_model, *blocks]):
+                gradients = torch.autograd.grad(value, list(block.parameters()), retain_graph=True)
+                expected[i] += value.exp().item() * sum(g.square().sum() for g in gradients) / len(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of parameters that are slow
+        inputs = {"input_ids": ids, "attention_mask": (ids != 1).long()}
+        found = fisher_trace(model, [inputs], [model.base_model, *blocks], "exact")
+    torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("case", MODERN_CASES)
+def test_patching_modernbert_changes_no_bit_without_an_active_adapter_and_can_be_undone(case):
+    model, stored = modern_case(case)
+    before = copy.deepcopy(model.state_dict())
+    plain, modules = modern_logits(model, stored["ids"]), [type(module) for module in model.modules()]
+    blocks = randomise(add_task_adapters(model, reduction_factor=2, leave_out=(1,)))
+    assert blocks == [model.base_model.layers[0].output_adapters.adapters["task"]]
+    adapted = modern_logits(model, stored["ids"])
+    randomise(add_language_adapter(model, "en"))
+    assert torch.equal(modern_logits(model, stored["ids"]), adapted) and not torch.equal(adapted, plain)
+    set_language(model, "en")
+    assert not torch.equal(modern_logits(model, stored["ids"]), adapted)
+    model.base_model.invertible_adapters.stack.clear()
+    assert torch.equal(modern_logits(model, stored["ids"]), plain)
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learned == {name for name, _ in model.named_parameters()
+                       if "adapters.task." in name or not name.startswith("model.")}
+    remove_adapters(model)
+    assert list(model.state_dict()) == list(before)
+    assert [type(module) for module in model.modules()] == modules
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(modern_logits(model, stored["ids"]), plain)
 
 
 @needs_adapterhub
