@@ -643,6 +643,7 @@ def load_tokenizer(settings: Settings) -> tuple:
         tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
         if tokenizer.pad_token is None or len(tokenizer) > config.vocab_size:
             raise ValueError("its tokenizer has no padding token, or more tokens than the model")
+        tokenizer.padding_side = "right"  # Gemma's, which mmBERT took over, pads left
     return tokenizer, config
 
 

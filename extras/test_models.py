@@ -15,8 +15,8 @@ from torch.nn.functional import linear
 import tasks
 import unfreeze
 from adapters import add_language_adapter, save_adapter, set_language
-from extras.conftest import (HIDDEN, WORDS, command, flat, mlm, one_error, randomise, results_of, tiny_model,
-                             write_rows)
+from extras.conftest import (HIDDEN, WORDS, command, contents, flat, mlm, one_error, randomise, results_of,
+                             task_command, tiny_model, write_rows, write_task)
 
 
 def model_folder(folder: Path, assets: Path, kind: str, dtype: torch.dtype | None = None,
@@ -138,6 +138,26 @@ def test_modernbert_learns_a_language_and_a_task_above_it(assets, tmp_path, caps
         assert results["validation"]["loss"] < 0.9 * results["untrained"]["loss"]
     run_in(tmp_path / "run", assets, folder, "--language-adapters", tmp_path / "languages")
     assert "language adapters: en de; none for zh-CN" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_pads_left_and_names_no_separator_gives_the_same_runs(assets, tmp_path, refused):
+    right, left = (model_folder(tmp_path / side, assets, "modernbert", **KINDS["modernbert"])
+                   for side in ("right", "left"))
+    path = left / "tokenizer_config.json"
+    content = json.loads(path.read_text()) | {"padding_side": "left", "cls_token": None, "sep_token": None}
+    path.write_text(json.dumps(content))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(left)
+    assert tokenizer.sep_token_id is None and tokenizer.padding_side == "left"
+    data = write_task(tmp_path / "data", "xquad")
+    for model in (right, left):
+        assert unfreeze.main(task_command("xquad", assets, data, model / "run", "--model", model)) == 0
+        assert unfreeze.main(mlm(assets, model / "de", "--model", model)) == 0
+    assert contents(right / "run/predictions") == contents(left / "run/predictions")
+    for file in ("run/adapter/pytorch_adapter.bin", "de/pytorch_adapter.bin"):
+        assert (right / file).read_bytes() == (left / file).read_bytes()
+    path = left / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
+    refused(mlm(assets, tmp_path / "de", "--model", left), "puts 0 special tokens around a text")
 
 
 @pytest.mark.parametrize("legacy", [True, False])
