@@ -1,7 +1,7 @@
-"""Pfeiffer adapters, MAD-X language adapters and LoRA for XLM-R, RoBERTa, BERT and DeBERTa, written by hand.
+"""Pfeiffer adapters, MAD-X language adapters and LoRA for XLM-R, RoBERTa, BERT, DeBERTa and ModernBERT.
 
-Pfeiffer et al., MAD-X, EMNLP 2020; Hu et al., LoRA, ICLR 2022. Equations, parameter names and files are those
-of AdapterHub's library (adapters 1.3), so its adapters load here and ours load there.
+Pfeiffer et al., MAD-X, EMNLP 2020; Hu et al., LoRA, ICLR 2022. Written by hand, with the equations, parameter
+names and files of AdapterHub's library (adapters 1.3): its adapters load here and ours load there.
 
     add_language_adapter(model, "en", "AdapterHub/xlm-roberta-base-en-wiki_pfeiffer")   # or a folder; frozen
     blocks = add_task_adapters(model)           # or add_lora: one block per layer, the unit of unfreezing
@@ -17,6 +17,9 @@ h it goes once for each adapter of the stack, the language's below the task's:
         |                       (+)--> LN --> down --> ReLU --> up          |
         |                        |                                          |
         +------------------------+------------------------------------------+
+
+ModernBERT's layers have LN before: of the attention sublayer's output z, x is LN(z), `down` reads h + x, and
+the output is z + h.
 
 Adapters, LoRAs and the head are float32 on a model in half precision, too (but for a decoder that shares the
 embeddings' weights). After `model.save_pretrained`, `from_pretrained` gives the model without its adapters.
@@ -41,7 +44,7 @@ from torch import nn
 
 class Family(NamedTuple):
     """Where a model has what adapters change: in each layer, `output` is LayerNorm(dropout(dense(h)) + x) or,
-    if it is pre-norm, `mlp` gives what is added to the layer's residual stream."""
+    in a pre-norm model, the layer is z + mlp(LayerNorm(z))."""
 
     layers: str  # of the base model
     attention: dict[str, str]  # in a layer, the linear layers that a LoRA may add to; none: no LoRA
@@ -119,7 +122,7 @@ class AdaptedOutput(nn.Module):
 
 
 class OutputAdapters(nn.Module):
-    """A pre-norm layer's adapters, beside its `mlp`, which has them change what it gives."""
+    """A pre-norm layer's adapters, for what its `mlp` gives: AdapterHub has them beside it, in the layer."""
 
     def __init__(self, stack: list[str], training: bool):
         super().__init__()
@@ -329,9 +332,9 @@ def remove_adapters(model: nn.Module) -> None:
     for layer in _layers(model):
         if _family(model).is_pre_norm:
             del layer.output_adapters
-            continue
-        layer.output.original[0].training = layer.output.training
-        layer.output = layer.output.original[0]
+        else:
+            layer.output.original[0].training = layer.output.training
+            layer.output = layer.output.original[0]
     del base.invertible_adapters
     for parameter in record.widened:
         parameter.data, parameter.grad = parameter.data.to(base.get_input_embeddings().weight.dtype), None
@@ -361,8 +364,8 @@ def _build(model: nn.Module, config: dict) -> dict[Place, nn.Module]:
         if i in config["leave_out"]:
             continue
         if not _is_lora(config):
-            name, beside = ("output_adapters", layer.mlp.Wo) if family.is_pre_norm else (
-                "output", layer.output.dense)
+            name = "output_adapters" if family.is_pre_norm else "output"
+            beside = layer.mlp.Wo if family.is_pre_norm else layer.output.dense
             place = Place(i, "output", f"{family.layers}.{i}.{name}.adapters", beside)
             modules[place] = BottleneckAdapter(size, config)
             continue
@@ -409,7 +412,7 @@ def _patch(model: nn.Module) -> AdapterRecord:
             if _family(model).is_pre_norm:
                 layer.output_adapters = OutputAdapters(record.stack, layer.training)
                 record.handles.append(layer.mlp.register_forward_hook(_after_mlp))
-                model.config.reference_compile = False  # in transformers 4: compiled code passes hooks by
+                model.config.reference_compile = False  # of transformers 4: compiled, it may miss later hooks
             else:
                 layer.output = AdaptedOutput(layer.output, record.stack)
         _hook_invertible(model, record)
@@ -476,8 +479,8 @@ def _hook_invertible(model: nn.Module, record: AdapterRecord) -> None:
 
 
 def _link(model: nn.Module, *_) -> None:
-    """Tell the modules with hooks, which know nothing else, the record of the model that calls them: each
-    replica of nn.DataParallel has a record of its own."""
+    """Tell the modules with hooks, which know nothing else, the record of the model that calls them, and the
+    adapters of their layer: each replica of nn.DataParallel has its own."""
     base = model.base_model
     for module in filter(None, (base.embeddings, _decoder(model))):
         module.link = (base.invertible_adapters, base.get_input_embeddings())  # in a tuple: no submodules
