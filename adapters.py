@@ -1,7 +1,7 @@
-"""Pfeiffer adapters, MAD-X language adapters and LoRA for XLM-R, RoBERTa, BERT and DeBERTa, written by hand.
+"""Pfeiffer adapters, MAD-X language adapters and LoRA for XLM-R, RoBERTa, BERT, DeBERTa and ModernBERT.
 
-Pfeiffer et al., MAD-X, EMNLP 2020; Hu et al., LoRA, ICLR 2022. Equations, parameter names and files are those
-of AdapterHub's library (adapters 1.3), so its adapters load here and ours load there.
+Pfeiffer et al., MAD-X, EMNLP 2020; Hu et al., LoRA, ICLR 2022. Written by hand, with the equations, parameter
+names and files of AdapterHub's library (adapters 1.3): its adapters load here and ours load there.
 
     add_language_adapter(model, "en", "AdapterHub/xlm-roberta-base-en-wiki_pfeiffer")   # or a folder; frozen
     blocks = add_task_adapters(model)           # or add_lora: one block per layer, the unit of unfreezing
@@ -17,6 +17,9 @@ h it goes once for each adapter of the stack, the language's below the task's:
         |                       (+)--> LN --> down --> ReLU --> up          |
         |                        |                                          |
         +------------------------+------------------------------------------+
+
+ModernBERT's layers have LN before: of the attention sublayer's output z, x is LN(z), `down` reads h + x, and
+the output is z + h.
 
 Adapters, LoRAs and the head are float32 on a model in half precision, too (but for a decoder that shares the
 embeddings' weights). After `model.save_pretrained`, `from_pretrained` gives the model without its adapters.
@@ -40,15 +43,18 @@ from torch import nn
 
 
 class Family(NamedTuple):
-    """Where a model has what adapters change; in each layer, `output` is LayerNorm(dropout(dense(h)) + x)."""
+    """Where a model has what adapters change: in each layer, `output` is LayerNorm(dropout(dense(h)) + x) or,
+    in a pre-norm model, the layer is z + mlp(LayerNorm(z))."""
 
     layers: str  # of the base model
     attention: dict[str, str]  # in a layer, the linear layers that a LoRA may add to; none: no LoRA
+    is_pre_norm: bool = False
 
 
 BERT = Family("encoder.layer", {"query": "attention.self.query", "key": "attention.self.key",
                                 "value": "attention.self.value"})
-FAMILIES = {"xlm-roberta": BERT, "roberta": BERT, "bert": BERT, "deberta-v2": BERT._replace(attention={})}
+FAMILIES = {"xlm-roberta": BERT, "roberta": BERT, "bert": BERT, "deberta-v2": BERT._replace(attention={}),
+            "modernbert": Family("layers", attention={}, is_pre_norm=True)}
 ATTENTION = {"query": "q", "key": "k", "value": "v"}  # LoRA's targets, and what the files call them
 NON_LINEARITIES = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": lambda: nn.GELU("tanh"), "swish": nn.SiLU,
                    "silu": nn.SiLU, "leakyrelu": nn.LeakyReLU, "tanh": nn.Tanh}
@@ -112,10 +118,28 @@ class AdaptedOutput(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
         h = self.dropout(self.dense(hidden_states))  # [B, T, 4H] -> [B, T, H]
-        for name in self.stack:
-            if name in self.adapters:
-                h = self.adapters[name](h, input_tensor, self.LayerNorm)
-        return self.LayerNorm(h + input_tensor)
+        return self.LayerNorm(_through_stack(self, h, input_tensor) + input_tensor)
+
+
+class OutputAdapters(nn.Module):
+    """A pre-norm layer's adapters, for what its `mlp` gives: AdapterHub has them beside it, in the layer."""
+
+    def __init__(self, stack: list[str], training: bool):
+        super().__init__()
+        self.adapters, self.LayerNorm = nn.ModuleDict(), nn.Identity()  # x is normalised already
+        self.stack = stack
+        self.train(training)
+
+
+def _through_stack(output: nn.Module, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    for name in output.stack:
+        if name in output.adapters:
+            h = output.adapters[name](h, x, output.LayerNorm)
+    return h
+
+
+def _after_mlp(mlp: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    return _through_stack(mlp.link[0], output, inputs[0])
 
 
 class LoRA(nn.Module):
@@ -306,8 +330,11 @@ def remove_adapters(model: nn.Module) -> None:
             if hasattr(module, extra):
                 delattr(module, extra)
     for layer in _layers(model):
-        layer.output.original[0].training = layer.output.training
-        layer.output = layer.output.original[0]
+        if _family(model).is_pre_norm:
+            del layer.output_adapters
+        else:
+            layer.output.original[0].training = layer.output.training
+            layer.output = layer.output.original[0]
     del base.invertible_adapters
     for parameter in record.widened:
         parameter.data, parameter.grad = parameter.data.to(base.get_input_embeddings().weight.dtype), None
@@ -321,28 +348,30 @@ class Place(NamedTuple):
     layer: int | None  # None: at the embeddings
     part: str  # of the layer: "output", or a LoRA's target
     path: str  # in the base model and in files, of what holds the modules of this place by adapter
-    beside: nn.Module  # LoRA's linear layer, `output.dense` or the embeddings: has device, type and mode
+    beside: nn.Module  # the linear layer before it, or the embeddings: has device, type and mode
 
 
 def _build(model: nn.Module, config: dict) -> dict[Place, nn.Module]:
     """The new modules of an adapter, bottom to top, the invertible one last; the model is not touched."""
-    (path, attention), layers, size = _family(model), _layers(model), model.config.hidden_size
+    family, layers, size = _family(model), _layers(model), model.config.hidden_size
     assert len(layers) == model.config.num_hidden_layers
     if absent := set(config["leave_out"]) - set(range(len(layers))):
         raise ValueError(f"leave_out names layer {min(absent)}: the model has 0..{len(layers) - 1}")
-    if _is_lora(config) and not attention:
+    if _is_lora(config) and not family.attention:
         raise ValueError(f"no LoRA for model type {model.config.model_type!r}, but add_task_adapters works")
     modules = {}
     for i, layer in enumerate(layers):
         if i in config["leave_out"]:
             continue
         if not _is_lora(config):
-            place = Place(i, "output", f"{path}.{i}.output.adapters", layer.output.dense)
+            name = "output_adapters" if family.is_pre_norm else "output"
+            beside = layer.mlp.Wo if family.is_pre_norm else layer.output.dense
+            place = Place(i, "output", f"{family.layers}.{i}.{name}.adapters", beside)
             modules[place] = BottleneckAdapter(size, config)
             continue
-        for target, name in attention.items():
+        for target, name in family.attention.items():
             if ATTENTION[target] in config["attn_matrices"]:
-                place = Place(i, target, f"{path}.{i}.{name}.loras", layer.get_submodule(name))
+                place = Place(i, target, f"{family.layers}.{i}.{name}.loras", layer.get_submodule(name))
                 modules[place] = LoRA(place.beside, config["r"], config["alpha"])
     if config.get("inv_adapter"):
         if getattr(model.config, "embedding_size", size) != size:
@@ -380,7 +409,12 @@ def _patch(model: nn.Module) -> AdapterRecord:
         record.trained = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
         base.requires_grad_(False)
         for layer in _layers(model):
-            layer.output = AdaptedOutput(layer.output, record.stack)
+            if _family(model).is_pre_norm:
+                layer.output_adapters = OutputAdapters(record.stack, layer.training)
+                record.handles.append(layer.mlp.register_forward_hook(_after_mlp))
+                model.config.reference_compile = False  # of transformers 4: compiled, it may miss later hooks
+            else:
+                layer.output = AdaptedOutput(layer.output, record.stack)
         _hook_invertible(model, record)
         _widen_head(model, record)
     return base.invertible_adapters
@@ -445,11 +479,13 @@ def _hook_invertible(model: nn.Module, record: AdapterRecord) -> None:
 
 
 def _link(model: nn.Module, *_) -> None:
-    """Tell the modules with hooks, which know nothing else, the record of the model that calls them: each
-    replica of nn.DataParallel has a record of its own."""
+    """Tell the modules with hooks, which know nothing else, the record of the model that calls them, and the
+    adapters of their layer: each replica of nn.DataParallel has its own."""
     base = model.base_model
     for module in filter(None, (base.embeddings, _decoder(model))):
         module.link = (base.invertible_adapters, base.get_input_embeddings())  # in a tuple: no submodules
+    for layer in _layers(model) if _family(model).is_pre_norm else ():
+        layer.mlp.link = (layer.output_adapters,)
 
 
 def _decoder(model: nn.Module) -> nn.Module | None:

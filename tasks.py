@@ -595,15 +595,18 @@ def encode_text(rows: list[dict], tokenizer, max_length: int, labels: list) -> l
     """All lines, joined by the separator, in sequences of `max_length` tokens each; the rest is dropped."""
     if tokenizer.mask_token_id is None:
         raise UserError("the tokenizer of --model has no mask token: masked-language modelling needs one")
-    tokens, inner = array("i"), max_length - 2  # a sequence begins and ends with a special token
+    special = tokenizer("")["input_ids"]  # not all tokenizers name theirs
+    if len(special) != 2:
+        raise UserError(f"the tokenizer of --model puts {len(special)} special tokens around a text: "
+                        "masked-language modelling needs one before and one after")
+    (first, last), tokens, inner = special, array("i"), max_length - 2
     for row in rows:
         tokens.extend(tokenizer(row["text"].strip(), add_special_tokens=False, verbose=False)["input_ids"])
-        tokens.append(tokenizer.sep_token_id)
+        tokens.append(last)
     if len(tokens) < inner:
         raise UserError(f"--data has too little text: {len(rows)} of its lines have {len(tokens)} tokens, a "
                         f"sequence takes {inner}, and each twentieth line is held out; lower --max-length")
-    return [{"input_ids": torch.tensor([tokenizer.cls_token_id, *tokens[start : start + inner],
-                                        tokenizer.sep_token_id])}
+    return [{"input_ids": torch.tensor([first, *tokens[start : start + inner], last])}
             for start in range(0, len(tokens) - inner + 1, inner)]
 
 
@@ -612,6 +615,8 @@ def masked_tokens(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Te
     hidden, masked = model.base_model(batch["input_ids"])[0], batch["labels"] != -100  # [B, T, H]
     if hasattr(model, "lm_predictions"):  # DeBERTa-v2's new head
         logits = model.lm_predictions(hidden[masked], model.get_input_embeddings())  # [M, V]
+    elif hasattr(model, "decoder"):  # ModernBERT
+        logits = model.decoder(model.head(hidden[masked]))
     else:
         logits = (model.lm_head if hasattr(model, "lm_head") else model.cls)(hidden[masked])
     logits, labels = logits.float(), batch["labels"][masked]  # [M, V], [M]

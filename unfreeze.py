@@ -210,7 +210,7 @@ class Settings:
     k: int | None = option(None, "steps between two openings", least=1)
     adapter: str = option("pfeiffer", "what is trained in each layer", choices=["pfeiffer", "lora"])
     model: str = option("FacebookAI/xlm-roberta-base", "a folder or a hub name: XLM-R, RoBERTa, BERT, "
-                        "DeBERTa-v2/v3; with --method full any encoder")
+                        "DeBERTa-v2/v3, ModernBERT; with --method full any encoder")
     language_adapters: str = option("auto", "stacked below the task's: the hub's for a hub model, none, or "
                                     "those in FOLDER/<language>; auto,FOLDER: these where the hub has none",
                                     metavar="auto|none|FOLDER|auto,FOLDER")
@@ -643,6 +643,7 @@ def load_tokenizer(settings: Settings) -> tuple:
         tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
         if tokenizer.pad_token is None or len(tokenizer) > config.vocab_size:
             raise ValueError("its tokenizer has no padding token, or more tokens than the model")
+        tokenizer.padding_side = "right"  # Gemma's, which mmBERT took over, pads left
     return tokenizer, config
 
 

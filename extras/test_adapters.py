@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adapters
@@ -23,6 +23,7 @@ from adapters import (adapter_blocks, add_language_adapter, add_lora, add_task_a
 from extras.conftest import (ADAPTERHUB, HERE, LAYERS, Bomb, batch, contents, cut, flat, inflate,
                              madx_model, needs_adapterhub, randomise, rewrite, run_alone, through,
                              tiny_model, with_adapter)
+from fisher import fisher_trace
 from unfreeze import Unfreezer
 
 
@@ -42,15 +43,17 @@ def test_impossible_adapters_are_refused():
                           (lambda: add_lora(model, targets=("out",)), "targets must be some of query, key"),
                           (lambda: add_lora(model, r=0), "r must be a whole number"),
                           (lambda: add_lora(tiny_model("DebertaV2")), "no LoRA for model type 'deberta-v2'"),
+                          (lambda: add_lora(tiny_model("ModernBert")), "no LoRA for model type 'modernbert'"),
                           (lambda: add_task_adapters(gpt), "no adapters for model type 'gpt2'")]:
         with pytest.raises(ValueError, match=message):
             call()
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-@pytest.mark.parametrize("add", [add_task_adapters, add_lora])
-def test_a_copy_computes_with_its_own_weights_and_its_own_language(copied, add):
-    model, inputs = tiny_model().eval(), batch()
+@pytest.mark.parametrize("kind, add", [
+    ("XLMRoberta", add_task_adapters), ("XLMRoberta", add_lora), ("ModernBert", add_task_adapters)])
+def test_a_copy_computes_with_its_own_weights_and_its_own_language(kind, add, copied):
+    model, inputs = tiny_model(kind).eval(), batch()
     for seed, name in enumerate(("en", "sw")):
         randomise(add_language_adapter(model, name), seed)
     randomise(add(model), 2)
@@ -63,7 +66,7 @@ def test_a_copy_computes_with_its_own_weights_and_its_own_language(copied, add):
     randomise(adapter_blocks(twin, "task"), 5)
     assert not torch.equal(twin(**inputs).logits, swapped) and torch.equal(model(**inputs).logits, before)
     remove_adapters(twin)
-    assert torch.equal(twin(**inputs).logits, tiny_model().eval()(**inputs).logits)
+    assert torch.equal(twin(**inputs).logits, tiny_model(kind).eval()(**inputs).logits)
     assert torch.equal(model(**inputs).logits, before)
 
 
@@ -82,9 +85,10 @@ def replica_of(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", ["SequenceClassification", "MaskedLM"])
-@pytest.mark.parametrize("add", [add_task_adapters, add_lora])
-def test_a_replica_computes_with_its_own_weights(add, head, dtype):
-    model = tiny_model(head=head).to(dtype).eval()
+@pytest.mark.parametrize("kind, add", [
+    ("XLMRoberta", add_task_adapters), ("XLMRoberta", add_lora), ("ModernBert", add_task_adapters)])
+def test_a_replica_computes_with_its_own_weights(kind, add, head, dtype):
+    model = tiny_model(kind, head).to(dtype).eval()
     randomise(add_language_adapter(model, "sw"))
     randomise(add(model))
     set_language(model, "sw")
@@ -137,7 +141,8 @@ def add_language(model: nn.Module) -> list[nn.Module]:
 @pytest.mark.parametrize("kind, head, add", [
     ("XLMRoberta", "SequenceClassification", add_task_adapters), ("Bert", "MultipleChoice", add_lora),
     ("Roberta", "QuestionAnswering", add_task_adapters), ("XLMRoberta", "MaskedLM", add_language),
-    ("DebertaV2", "SequenceClassification", add_task_adapters), ("DebertaV2", "MaskedLM", add_language)])
+    ("DebertaV2", "SequenceClassification", add_task_adapters), ("DebertaV2", "MaskedLM", add_language),
+    ("ModernBert", "SequenceClassification", add_task_adapters), ("ModernBert", "MaskedLM", add_language)])
 def test_on_a_half_precision_model_adapters_and_head_are_float32_and_learn(kind, head, add, dtype):
     whole = tiny_model(kind, head).to(dtype).float().eval()  # the same weights in both
     half = copy.deepcopy(whole).to(dtype)
@@ -152,7 +157,7 @@ def test_on_a_half_precision_model_adapters_and_head_are_float32_and_learn(kind,
     size = answers[0].abs().max().item()
     torch.testing.assert_close(answers[1].float(), answers[0], rtol=0.05, atol=0.05 * size)
     of_base = set(half.base_model.parameters())
-    decoder = {"cls.predictions.bias", "lm_head.bias"}  # beside the embeddings, which decode
+    decoder = {"cls.predictions.bias", "lm_head.bias", "decoder.bias"}  # beside the embeddings, which decode
     learned = {name: parameter for name, parameter in half.named_parameters()
                if "adapters." in name or "loras." in name or parameter not in of_base and name not in decoder}
     assert {parameter.dtype for parameter in learned.values()} == {torch.float32}
@@ -274,9 +279,11 @@ def test_files_in_half_precision_load_as_float32(tmp_path):
     torch.testing.assert_close(other(**batch()).logits, model(**batch()).logits, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("changed", [{}, {"ln_before": True}])
-def test_save_pretrained_of_a_patched_model_loads_as_the_plain_one_and_takes_its_adapter(changed, tmp_path):
-    model = tiny_model().eval()
+@pytest.mark.parametrize("kind, changed", [
+    ("XLMRoberta", {}), ("XLMRoberta", {"ln_before": True}), ("ModernBert", {"ln_before": True})])
+def test_save_pretrained_of_a_patched_model_loads_as_the_plain_one_and_takes_its_adapter(
+        kind, changed, tmp_path):
+    model = tiny_model(kind).eval()
     plain = model(**batch()).logits
     with_adapter(model, adapters.SEQ_BN | changed)
     expected = model(**batch()).logits
@@ -529,8 +536,15 @@ remove_adapters(model)
 """, tmp_path / "empty", python, HF_HOME=str(tmp_path / "cache")))
 
 
+# The library's set-up for LoRA gives ModernBERT's attention, which has none, biases, and random ones.
+WITHOUT_RANDOM_BIASES = """
+from adapters.wrappers.interfaces import CUSTOM_INTERFACES
+CUSTOM_INTERFACES["modernbert"].adapter_methods = ["bottleneck", "invertible"]
+"""
+
+
 @needs_adapterhub
-@pytest.mark.parametrize("kind", ["XLMRoberta", "Roberta", "Bert", "DebertaV2"])
+@pytest.mark.parametrize("kind", ["XLMRoberta", "Roberta", "Bert", "DebertaV2", "ModernBert"])
 def test_adapterhubs_library_computes_the_same_with_what_we_save(kind, tmp_path):
     gelu = {"reduction_factor": 4, "non_linearity": "gelu", "scaling": 0.5, "ln_before": True,
             "ln_after": True, "leave_out": [1]}
@@ -545,7 +559,7 @@ def test_adapterhubs_library_computes_the_same_with_what_we_save(kind, tmp_path)
         "own block, idle": (lambda model: randomise(add_language_adapter(
             with_adapter(model, OWN_BLOCK), "en")), ["en", "task"]),
     }
-    if kind == "DebertaV2":
+    if kind in ("DebertaV2", "ModernBert"):
         del cases["LoRA"]
     for what, (add, stack) in cases.items():
         model = tiny_model(kind, "MaskedLM" if what == "masked LM" else "SequenceClassification").eval()
@@ -562,11 +576,14 @@ def test_adapterhubs_library_computes_the_same_with_what_we_save(kind, tmp_path)
     code = f"""
 import adapters, json, transformers
 from safetensors.torch import load_file
+{WITHOUT_RANDOM_BIASES}
 for what, stack in {[(what, stack) for what, (_, stack) in cases.items()]}:
-    if what == "masked LM":  # only the library's own class has the inverse before the decoder
+    if what == "masked LM" and "{kind}" != "ModernBert":
+        # only the library's own class has the inverse before the decoder
         model = adapters.{kind}AdapterModel.from_pretrained(what + "/base").eval()
     else:
-        model = transformers.{kind}ForSequenceClassification.from_pretrained(what + "/base").eval()
+        head = "MaskedLM" if what == "masked LM" else "SequenceClassification"
+        model = getattr(transformers, "{kind}For" + head).from_pretrained(what + "/base").eval()
         adapters.init(model)
     for name in stack:
         model.load_adapter(what + "/" + name)
@@ -577,3 +594,167 @@ for what, stack in {[(what, stack) for what, (_, stack) in cases.items()]}:
     print("equal:", what)
 """
     assert run_alone(code, tmp_path, ADAPTERHUB).count("equal:") == len(cases)
+
+
+# ---- ModernBERT, into which AdapterHub's library puts adapters by its plug-in interface --------------------
+
+BRANCH = adapters.SEQ_BN | {"reduction_factor": 2}
+MODERN_CASES = {  # by name, the model's head and, of each adapter of the stack, the config
+    "stack": ("SequenceClassification", {"en": BRANCH | {
+        "inv_adapter": "nice", "inv_adapter_reduction_factor": 2}, "task": BRANCH}),
+    "masked LM": ("MaskedLM", {"en": BRANCH | {"inv_adapter": "nice", "inv_adapter_reduction_factor": 2}}),
+    "after the sum": ("TokenClassification", {"task": BRANCH | {
+        "residual_before_ln": False, "ln_before": True, "ln_after": True, "scaling": 0.5}}),
+    "one layer": ("QuestionAnswering", {"task": BRANCH | {
+        "original_ln_before": False, "non_linearity": "gelu", "leave_out": [1]}}),
+}
+MODERN = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+          "intermediate_size": 8, "pad_token_id": 1, "cls_token_id": 0, "bos_token_id": 0, "sep_token_id": 2,
+          "eos_token_id": 2, "local_attention": 4, "global_attn_every_n_layers": 2, "num_labels": 2,
+          "classifier_pooling": "mean"}
+MAKE_MODERN = f"""
+import adapters, torch, transformers
+from safetensors.torch import save_file
+{WITHOUT_RANDOM_BIASES}
+stored = {{}}
+for case, (head, stack) in {MODERN_CASES}.items():
+    torch.manual_seed(0)
+    model = getattr(transformers, "ModernBertFor" + head)(transformers.ModernBertConfig(**{MODERN})).eval()
+    adapters.init(model)
+    for name, config in stack.items():
+        model.add_adapter(name, adapters.BnConfig(**config))
+    model.active_adapters = adapters.composition.Stack(*stack)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter.requires_grad_(), std=0.5)
+    ids = torch.randint(3, 20, (3, 9))
+    ids[0, 5:] = 1
+    output = model(input_ids=ids, attention_mask=(ids != 1).long())
+    logits = output.start_logits if head == "QuestionAnswering" else output.logits
+    if logits.shape[:2] == ids.shape:
+        logits = logits[ids != 1]  # at padding, versions of transformers differ
+    logits.square().mean().backward()
+    stored |= {{f"{{case}}/ids": ids, f"{{case}}/logits": logits.detach()}}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        stored[f"{{case}}/weight/{{name}}"] = parameter.detach().clone()
+        if parameter.grad is not None:  # the part of spans' head that gives the ends has none
+            stored[f"{{case}}/grad/{{name}}"] = parameter.grad.clone()
+    for name in stack:
+        model.save_adapter(f"{{case}} {{name}}", name)
+save_file(stored, "modernbert.safetensors")
+"""
+
+
+def modern_case(case: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The case's model without weights of its own, and what extras/modernbert.safetensors has of the case."""
+    head = MODERN_CASES[case][0]
+    model = getattr(transformers, "ModernBertFor" + head)(transformers.ModernBertConfig(**MODERN)).eval()
+    everything = load_file(HERE / "extras/modernbert.safetensors")
+    return model, {key.removeprefix(case + "/"): value for key, value in everything.items()
+                   if key.startswith(case + "/")}
+
+
+def modern_logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    output = model(input_ids=ids, attention_mask=(ids != 1).long())
+    logits = output.start_logits if hasattr(output, "start_logits") else output.logits
+    return logits[ids != 1] if logits.shape[:2] == ids.shape else logits
+
+
+@pytest.mark.parametrize("case", MODERN_CASES)
+def test_modernbert_has_the_logits_gradients_and_names_of_adapterhubs_library(case):
+    (model, stored), (_, stack) = modern_case(case), MODERN_CASES[case]
+    for name, config in stack.items():
+        adapters._install(model, name, config, adapters._build(model, config), language=False)
+    weights = {key.removeprefix("weight/"): value for key, value in stored.items() if "weight/" in key[:7]}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert missing == [] and all(".adapter_norm_before." in key for key in unexpected)
+    model.base_model.invertible_adapters.stack[:] = list(stack)
+    model.requires_grad_(True)
+    logits = modern_logits(model, stored["ids"])
+    torch.testing.assert_close(logits, stored["logits"], rtol=0, atol=1e-5)
+    logits.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, stored.get(f"grad/{name}"), rtol=0, atol=1e-5)
+
+
+def test_modernberts_traces_are_those_of_a_loop_over_examples():
+    model, stored = modern_case("stack")
+    blocks = randomise(add_task_adapters(model, reduction_factor=2))
+    randomise(add_language_adapter(model, "en"))
+    set_language(model, "en")
+    ids = stored["ids"]
+    expected = torch.zeros(1 + len(blocks))
+    model.requires_grad_(True)
+    for row in ids:
+        log_p = modern_logits(model, row[row != 1][None])[0].log_softmax(-1)
+        for value in log_p:
+            for i, block in enumerate([model.base_model, *blocks]):
+                gradients = torch.autograd.grad(value, list(block.parameters()), retain_graph=True)
+                expected[i] += value.exp().item() * sum(g.square().sum() for g in gradients) / len(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of parameters that are slow
+        inputs = {"input_ids": ids, "attention_mask": (ids != 1).long()}
+        found = fisher_trace(model, [inputs], [model.base_model, *blocks], "exact")
+    torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("case", MODERN_CASES)
+def test_patching_modernbert_changes_no_bit_without_an_active_adapter_and_can_be_undone(case):
+    model, stored = modern_case(case)
+    before = copy.deepcopy(model.state_dict())
+    plain, modules = modern_logits(model, stored["ids"]), [type(module) for module in model.modules()]
+    blocks = randomise(add_task_adapters(model, reduction_factor=2, leave_out=(1,)))
+    assert blocks == [model.base_model.layers[0].output_adapters.adapters["task"]]
+    adapted = modern_logits(model, stored["ids"])
+    randomise(add_language_adapter(model, "en"))
+    assert torch.equal(modern_logits(model, stored["ids"]), adapted) and not torch.equal(adapted, plain)
+    set_language(model, "en")
+    assert not torch.equal(modern_logits(model, stored["ids"]), adapted)
+    model.base_model.invertible_adapters.stack.clear()
+    assert torch.equal(modern_logits(model, stored["ids"]), plain)
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learned == {name for name, _ in model.named_parameters()
+                       if "adapters.task." in name or not name.startswith("model.")}
+    remove_adapters(model)
+    assert list(model.state_dict()) == list(before)
+    assert [type(module) for module in model.modules()] == modules
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(modern_logits(model, stored["ids"]), plain)
+
+
+@needs_adapterhub
+def test_modernbert_adapters_of_adapterhubs_library_load_here_and_ours_in_transformers_4(tmp_path):
+    run_alone(MAKE_MODERN, tmp_path, ADAPTERHUB)
+    frozen, fresh = (load_file(folder / "modernbert.safetensors") for folder in (HERE / "extras", tmp_path))
+    torch.testing.assert_close(fresh, frozen, rtol=0, atol=1e-5)
+    for case, (_, stack) in MODERN_CASES.items():
+        model, stored = modern_case(case)
+        weights = {key.removeprefix("weight/"): value for key, value in stored.items()}
+        model.load_state_dict({key: weights[key] for key in model.state_dict()})
+        model.save_pretrained(tmp_path / case)
+        for name in stack:
+            assert load_adapter(model, tmp_path / f"{case} {name}", language=name == "en") == name
+        set_language(model, "en" if "en" in stack else None)
+        torch.testing.assert_close(modern_logits(model, stored["ids"]), stored["logits"], rtol=0, atol=1e-5)
+        for name in stack:
+            save_adapter(model, name, tmp_path / f"ours/{case} {name}")
+    (tmp_path / "empty").mkdir()
+    shutil.copy(HERE / "adapters.py", tmp_path / "empty")
+    print(run_alone(f"""
+import torch, transformers
+from safetensors.torch import load_file
+from adapters import *
+everything = load_file("../modernbert.safetensors")
+for case, (head, stack) in {MODERN_CASES}.items():
+    model = getattr(transformers, "ModernBertFor" + head).from_pretrained("../" + case).eval()
+    for name in stack:
+        load_adapter(model, f"../ours/{{case}} {{name}}", language=name == "en")
+    set_language(model, "en" if "en" in stack else None)
+    ids = everything[case + "/ids"]
+    output = model(input_ids=ids, attention_mask=(ids != 1).long())
+    logits = output.start_logits if head == "QuestionAnswering" else output.logits
+    logits = logits[ids != 1] if logits.shape[:2] == ids.shape else logits
+    torch.testing.assert_close(logits, everything[case + "/logits"], rtol=0, atol=1e-5)
+    remove_adapters(model)
+""", tmp_path / "empty", ADAPTERHUB))

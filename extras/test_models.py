@@ -14,9 +14,9 @@ from torch.nn.functional import linear
 
 import tasks
 import unfreeze
-from adapters import add_language_adapter, set_language
-from extras.conftest import (HIDDEN, WORDS, command, flat, mlm, one_error, randomise, results_of, tiny_model,
-                             write_rows)
+from adapters import add_language_adapter, save_adapter, set_language
+from extras.conftest import (HIDDEN, WORDS, command, contents, flat, mlm, one_error, randomise, results_of,
+                             task_command, tiny_model, write_rows, write_task)
 
 
 def model_folder(folder: Path, assets: Path, kind: str, dtype: torch.dtype | None = None,
@@ -102,6 +102,64 @@ def test_deberta_trains_by_every_method(method, assets, tmp_path):
     assert len(results["order"]) == (0 if method == "full" else 2)
 
 
+@pytest.mark.parametrize("method, opened", [
+    ("gu", [[0, 1], [2, 0]]), ("rev", [[0, 0], [2, 1]]), ("lpft", [[2, 0], [2, 1]]), ("fun", None),
+    ("none", []), ("full", [])])
+def test_modernbert_trains_by_every_method_above_its_language_adapters(
+        method, opened, assets, tmp_path, capsys):
+    folder = model_folder(tmp_path / "model", assets, "modernbert", **KINDS["modernbert"])
+    for seed, language in enumerate(("en", "de")):
+        model = transformers.AutoModel.from_pretrained(folder)
+        randomise(add_language_adapter(model, language), seed)
+        save_adapter(model, language, tmp_path / "languages" / language)
+    below = [] if method == "full" else ["--language-adapters", tmp_path / "languages"]
+    options = ["--method", method, *below]
+    run_in(tmp_path / "start", assets, folder, *options, "--steps", 0)
+    results = run_in(tmp_path / "run", assets, folder, *options)
+    if method == "fun":
+        opened = [[0, results["order"][0][1]], [2, 1 - results["order"][0][1]]]
+    assert results["order"] == opened
+    assert ("language adapters: en de; none for zh-CN" in capsys.readouterr().out) == (method != "full")
+    if method == "full":
+        before, after = (load_file(tmp_path / run / "model/model.safetensors") for run in ("start", "run"))
+    else:
+        before, after = stored(tmp_path / "start"), stored(tmp_path / "run")
+        assert sum("model.layers." in key for key in after) == 2 * 4
+    moved = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    assert moved == {key for key in after if method != "none" or "layers." not in key}
+
+
+def test_modernbert_learns_a_language_and_a_task_above_it(assets, tmp_path, capsys):
+    folder = model_folder(tmp_path / "model", assets, "modernbert", **KINDS["modernbert"])
+    for language in ("en", "de"):
+        out = tmp_path / "languages" / language
+        assert unfreeze.main(mlm(assets, out, "--model", folder, "--language", language, "--steps", 40)) == 0
+        results = results_of(out)
+        assert results["validation"]["loss"] < 0.9 * results["untrained"]["loss"]
+    run_in(tmp_path / "run", assets, folder, "--language-adapters", tmp_path / "languages")
+    assert "language adapters: en de; none for zh-CN" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_pads_left_and_names_no_separator_gives_the_same_runs(assets, tmp_path, refused):
+    right, left = (model_folder(tmp_path / side, assets, "modernbert", **KINDS["modernbert"])
+                   for side in ("right", "left"))
+    path = left / "tokenizer_config.json"
+    content = json.loads(path.read_text()) | {"padding_side": "left", "cls_token": None, "sep_token": None}
+    path.write_text(json.dumps(content))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(left)
+    assert tokenizer.sep_token_id is None and tokenizer.padding_side == "left"
+    data = write_task(tmp_path / "data", "xquad")
+    for model in (right, left):
+        assert unfreeze.main(task_command("xquad", assets, data, model / "run", "--model", model)) == 0
+        assert unfreeze.main(mlm(assets, model / "de", "--model", model)) == 0
+    assert contents(right / "run/predictions") == contents(left / "run/predictions")
+    for file in ("run/adapter/pytorch_adapter.bin", "de/pytorch_adapter.bin"):
+        assert (right / file).read_bytes() == (left / file).read_bytes()
+    path = left / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
+    refused(mlm(assets, tmp_path / "de", "--model", left), "puts 0 special tokens around a text")
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 def test_deberta_learns_a_language_with_its_old_and_its_new_head(legacy, assets, tmp_path):
     model = tiny_model("DebertaV2", "MaskedLM", legacy=legacy).eval()
@@ -178,7 +236,7 @@ def test_a_text_of_one_long_line_is_cut_and_nothing_is_lost(text, pieces, tmp_pa
     assert all(len(line) <= 1000 and not line.startswith("ord") for line in lines)
 
 
-@pytest.mark.parametrize("kind", ["XLMRoberta", "Bert", "DebertaV2"])
+@pytest.mark.parametrize("kind", ["XLMRoberta", "Bert", "DebertaV2", "ModernBert"])
 def test_the_masked_loss_is_the_models_own(kind):
     model = tiny_model(kind, "MaskedLM").eval()
     randomise(add_language_adapter(model, "en"))
