@@ -38,8 +38,8 @@ from transformers import (AutoModelForMaskedLM, AutoModelForMultipleChoice, Auto
                           AutoModelForSequenceClassification, AutoModelForTokenClassification,
                           DataCollatorForLanguageModeling)
 
-from extras.rows import (UserError, blame, check_rows, labels_of, languages_in, read_file, read_hub, read_utf8,
-                         sample)
+from extras.rows import (UserError, blame, check_rows, labels_of, languages_in, read_file, read_hub,
+                         read_utf8, sample)
 
 
 class Preset(NamedTuple):
@@ -60,7 +60,7 @@ class Task:
     is_by_word: bool = False  # every column is a list with an entry a word
     target: str = "label"  # the column that is predicted, strings or integers
     values: dict = field(default_factory=dict)  # by column: what it may hold, a dictionary of what that is
-    #               read as, or a function that reads it; the target's are otherwise those of the training file
+    #             read as, or a function that reads it; the target's are otherwise those of the training file
     languages: tuple[str, ...] | None = None  # those the paper tests, English first; None: every test file
     other_languages: tuple[str, ...] = ()  # on the hub, but not tested in the paper
     hub: dict = field(default_factory=dict)  # by split: owner/name/config/split, or language -> rows
@@ -464,12 +464,12 @@ TASKS["mlqa"] = SPANS(
 
 
 def encode_words(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
-    """Every word in pieces of its own; its tag is at the first that shows a character of it, where others put
-    it at a lone space before most words of Chinese. `row` is the sentence's number; a long one is in several
+    """Every word in pieces of its own; its tag is at the first that shows a character of it, not at a lone
+    space, as most words of Chinese begin with. `row` is the sentence's number; a long one is in several
     examples."""
     is_blank = lru_cache(None)(lambda piece: not tokenizer.convert_tokens_to_string([piece]).strip())
     sentences, tags = zip(*(row.values() for row in rows))
-    encoded, number_of, examples = read_words(sentences, tokenizer), {tag: i for i, tag in enumerate(labels)}, []
+    encoded, examples = read_words(sentences, tokenizer), []
     for row, sentence in enumerate(tags):
         pieces, first, inner = encoded.tokens(row), {}, []
         for place, word in enumerate(encoded.word_ids(row)):  # None: a special token
@@ -478,7 +478,8 @@ def encode_words(rows: list[dict], tokenizer, max_length: int, labels: list) -> 
                 if word not in first or is_blank(pieces[first[word]]):
                     first[word] = place
         example = tensors_of(encoded, row) | {"labels": torch.full([len(pieces)], NO_TAG)}
-        example["labels"][list(first.values())] = torch.tensor([number_of[sentence[word]] for word in first])
+        numbers = [labels.index(sentence[word]) for word in first]
+        example["labels"][list(first.values())] = torch.tensor(numbers)
         examples += [window | {"row": row}
                      for window in windows_in(example, inner[0], inner[-1] + 1, max_length)]
     return examples
@@ -526,7 +527,7 @@ def score_tags(rows: list[dict], examples: list[dict], outputs: list, language: 
     right = [guess == tag for pair in zip(guesses, gold) for guess, tag in zip(*pair, strict=True)]
     scores = {"accuracy": 100 * mean(right)}
     if is_bio(labels):
-        found, there = ({(number, *entity) for number, tags in enumerate(sentences) for entity in entities(tags)}
+        found, there = ({(row, *entity) for row, tags in enumerate(sentences) for entity in entities(tags)}
                         for sentences in (guesses, gold))
         scores = {"f1": 200 * len(found & there) / max(1, len(found) + len(there))} | scores
     return scores, [{"tags": tags} for tags in guesses]
@@ -541,8 +542,8 @@ def check_scheme(rows: Iterable[tuple[str, dict]], column: str, labels: list) ->
     odd = {tag for tag in labels if tag != "O" and not re.fullmatch("[BI]-.+", str(tag))}
     for place, row in rows if is_bio(labels) else ():
         if found := odd.intersection(row[column]):
-            raise UserError(f"{place}: {column} {min(found, key=str)!r} is none of O, B-TYPE and I-TYPE (BIO), as "
-                            "others are: write all as BIO, or none")
+            raise UserError(f"{place}: {column} {min(found, key=str)!r} is no O, B-TYPE or I-TYPE (BIO), "
+                            "as others are: write all as BIO, or none")
 
 
 def entities(tags: list[str]) -> list[tuple[str, int, int]]:
@@ -566,8 +567,8 @@ TAGS = partial(
 TASKS["ner"] = TAGS(
     columns=("tokens", "ner_tags"), target="ner_tags", values={"ner_tags": WIKIANN},
     languages=tuple("en ja zh ar jv sw is my qu cdo ilo xmf mi mhr tk gn".split()),  # MAD-X's
-    other_languages=tuple("af bg bn de el es et eu fa fi fr he hi hu id it ka kk ko ml mr ms nl pt ru ta te th "
-                          "tl tr ur vi yo".split()),
+    other_languages=tuple("af bg bn de el es et eu fa fi fr he hi hu id it ka kk ko ml mr ms nl pt ru ta te "
+                          "th tl tr ur vi yo".split()),
     hub={"train": "unimelb-nlp/wikiann/en/train", "validation": "unimelb-nlp/wikiann/en/validation",
          "test": "unimelb-nlp/wikiann/{}/test"})
 

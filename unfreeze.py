@@ -223,7 +223,8 @@ class Settings:
     lr: float | None = option(None, "learning rate at the start", type=float)
     decay: str | None = option(None, "of the learning rate", choices=["linear", "constant"])
     batch_size: int | None = option(None, "training sequences per step", least=1)
-    max_length: int | None = option(None, "tokens per sequence; texts are cut, contexts and sentences split", least=16)
+    max_length: int | None = option(None, "tokens per sequence; texts are cut, contexts and sentences split",
+                                    least=16)
     train_examples: int | None = option(None, "train on a random sample of this size", least=1)
     test_examples: int | None = option(None, "test on a fixed random sample of each language", least=1)
     seed: int = option(0, "of head, adapters, dropout, data order and Rand; several in quotes, too", least=0)

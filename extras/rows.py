@@ -178,8 +178,8 @@ def read_hub(place: str) -> dict[str, dict]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def check_rows(rows: dict[str, dict], columns: list[str], absent: set[str], values: dict, target: str = "label",
-               is_by_word: bool = False) -> list[dict]:
+def check_rows(rows: dict[str, dict], columns: list[str], absent: set[str], values: dict,
+               target: str = "label", is_by_word: bool = False) -> list[dict]:
     """These columns of every row, which has none of `absent`; an error names the row's place."""
     checked = []
     for place, row in rows.items():
@@ -214,7 +214,7 @@ def read_list(column: str, value, allowed: dict | tuple | list | Callable | None
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if not isinstance(value, list) or not value:
-        raise ValueError(f"column {column!r} must be a list with an entry for each word, not {value!r:.60}")
+        raise ValueError(f"column {column!r} must be a list with an entry a word, not {value!r:.60}")
     return [read_value(column, entry, allowed, is_target) for entry in value]
 
 

@@ -273,10 +273,10 @@ BAD_ROWS = {
     "label 2": ("xcopa", {"label": 2}, "label 2 is not one of 0, 1"),
     "label -1": ("xnli", {"label": -1}, "label -1 is not one of 0, 1, 2"),
     "label true": ("xnli", {"label": True}, "'label' must be a string or an integer"),
-    "a word more": ("tag", {"tokens": ["a", "b", "c"], "tags": ["O", "O"]}, "3 tokens and 2 tags: every word"),
+    "a word more": ("tag", {"tokens": ["a", "b", "c"], "tags": ["O", "O"]}, "3 tokens and 2 tags: every"),
     "a tag more": ("ner", {"tokens": ["a"], "ner_tags": [0, 0]}, "1 tokens and 2 ner_tags: every word needs"),
-    "no words": ("tag", {"tokens": [], "tags": []}, "'tokens' must be a list with an entry for each word"),
-    "a sentence": ("tag", {"tokens": "a nice cat"}, "'tokens' must be a list with an entry for each word, not"),
+    "no words": ("tag", {"tokens": [], "tags": []}, "'tokens' must be a list with an entry a word"),
+    "a sentence": ("tag", {"tokens": "a nice cat"}, "'tokens' must be a list with an entry a word"),
     "a word a number": ("tag", {"tokens": ["a", 1], "tags": ["O", "O"]}, "'tokens' must be a string, not 1"),
     "a tag a list": ("tag", {"tokens": ["a"], "tags": [["O"]]}, "'tags' must be a string or an integer"),
     "no tag": ("ner", {"tokens": ["a"], "ner_tags": [None]}, "'ner_tags' must be a string or an integer"),
@@ -298,10 +298,11 @@ def test_a_bad_row_of_any_task_is_named_in_one_line(name, file, assets, tmp_path
 
 @pytest.mark.parametrize("file, tag, message", [
     ("test.de", "B-ORG", "tags 'B-ORG' is not one of 'B-LOC', 'B-PER', "),
-    ("train.en", "S-PER", "tags 'S-PER' is none of O, B-TYPE and I-TYPE (BIO), as others are"),
-    ("train.en", "NOUN", "tags 'NOUN' is none of O, B-TYPE"), ("train.en", "B-", "tags 'B-' is none of O"),
-    ("train.en", 3, "tags 3 is none of O, B-TYPE")])
-def test_an_unknown_tag_and_one_outside_of_the_scheme_are_named(file, tag, message, assets, tmp_path, refused):
+    ("train.en", "S-PER", "tags 'S-PER' is no O, B-TYPE or I-TYPE (BIO), as others are"),
+    ("train.en", "NOUN", "tags 'NOUN' is no O, B-TYPE"), ("train.en", "B-", "tags 'B-' is no O"),
+    ("train.en", 3, "tags 3 is no O, B-TYPE")])
+def test_an_unknown_tag_and_one_outside_of_the_scheme_are_named(
+        file, tag, message, assets, tmp_path, refused):
     path = write_task(tmp_path / "data", "tag") / f"{file}.jsonl"
     with path.open("a") as lines:
         lines.write(json.dumps({"tokens": ["a", "b"], "tags": ["O", tag]}) + "\n")

@@ -1,5 +1,5 @@
-"""A task of one's own: one more entry of TASKS, and it trains, is tested in every language and reported. Tags:
-which piece has a word's, windows of long sentences, and the F1 of entities.
+"""A task of one's own: one more entry of TASKS, and it trains, is tested in every language and reported.
+Tags: which piece has a word's, windows of long sentences, and the F1 of entities.
 """
 
 import json
@@ -149,7 +149,8 @@ def test_every_word_has_its_tag_once_at_its_first_piece_where_most_is_around_it(
     examples = tasks.TASKS["tag"].encode(rows, tokenizer, most, labels)
     for number, row in enumerate(rows):
         # each word by itself, as it stands in a text; nothing of it is left: unknown
-        pieces = [tokenizer(" " + word, add_special_tokens=False)["input_ids"] or [3] for word in row["tokens"]]
+        pieces = [tokenizer(" " + word, add_special_tokens=False)["input_ids"] or [3]
+                  for word in row["tokens"]]
         blank = {tokenizer.convert_tokens_to_ids(piece) for piece in ("▁", "Ġ")} - {3}  # no piece of the word
         places = [sum(map(len, pieces[:i])) + (piece[0] in blank and len(piece) > 1)
                   for i, piece in enumerate(pieces)]  # of first pieces
@@ -176,8 +177,8 @@ def test_every_word_has_its_tag_once_at_its_first_piece_where_most_is_around_it(
 
 
 SEQEVAL = """
-    PpoLl PpoLl 100, ppoLl PpoLl 100, PPpol Pppol 40, Ppl PpL 100, ooo ooo 0, ooo oPo 0, Poo ooo 0, Pplpo Plppo 0,
-    PpPp Pppp 0, lloLl LloLL 40, pol Pol 100, oLoLoo oLoPPo 40, oploPopPo oplopopPP 90.909091,
+    PpoLl PpoLl 100, ppoLl PpoLl 100, PPpol Pppol 40, Ppl PpL 100, ooo ooo 0, ooo oPo 0, Poo ooo 0,
+    Pplpo Plppo 0, PpPp Pppp 0, lloLl LloLL 40, pol Pol 100, oLoLoo oLoPPo 40, oploPopPo oplopopPP 90.909091,
     poppopLLpooopp plppopLLpooopl 75, oLpllopPLPoLolPoolLl oLplpoplLPoPoLPoplLL 59.259259,
     LooPLoLLpoPopooLlpoPPoolPpooLo LooPLpolpoPLpooLlloPPoplPpoooo 73.333333"""  # seqeval 1.2.2's f1_score
 BIO = {"P": "B-PER", "p": "I-PER", "L": "B-LOC", "l": "I-LOC", "o": "O"}
