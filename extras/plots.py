@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from adapters import write_atomically
-from extras.report import (Methods, bootstrap, by_step, gains, is_one_by_one, scores_of, standard_of,
+from extras.report import (Methods, bootstrap, by_step, gains, is_one_by_one, scores_of, standard_runs,
                            weakest_first)
 from extras.rows import UserError
 
@@ -133,11 +133,11 @@ def score_over_trace(runs: list[dict]) -> tuple[list[float], list[float]]:
 
 
 def draw_gains(axes, methods: Methods, styles: dict[str, dict]) -> None:
-    standard, scores = standard_of(methods), next(iter(methods.values()))[0]["scores"]
+    standard, scores = standard_runs(methods), next(iter(methods.values()))[0]["scores"]
     metric = next(iter(scores["en"]))
     languages = weakest_first([key for key in scores if key != "en"], standard, metric)
     gained = {label: found for label, runs in methods.items()
-              if (found := gains(runs, standard, metric, languages))}
+              if (found := gains(methods, runs, metric, languages))}
     if not gained:
         axes.set_axis_off()
         axes.text(0, 0.9, "no runs of standard with the same seeds", transform=axes.transAxes)

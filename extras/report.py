@@ -174,15 +174,20 @@ TOLD_APART = ("task", "method", "first", "adapter", "model", "language_adapters"
 
 def comparable(runs: list[dict]) -> dict[str, Methods]:
     """The runs by title, then by column: runs in one column differ in their seeds alone. `full` stands beside
-    every kind of adapter. Raises UserError for two runs of one column and seed."""
+    every kind of adapter, runs without language adapters beside those above some. Raises UserError for two
+    runs of one column and seed."""
     kinds: dict[tuple, set[tuple]] = {}
     for run in runs:
         if run["method"] != "full":
             kinds.setdefault(setting(run), set()).add(adapters_of(run))
+    for found in kinds.values():
+        found -= {(adapter, "", "") for adapter, _, stacked in found if stacked}
     tables: dict[tuple, list[dict]] = {}
     for run in runs:
-        beside = kinds.get(setting(run)) if run["method"] == "full" else None
-        for kind in sorted(beside or {adapters_of(run)}):
+        own = adapters_of(run)
+        beside = [kind for kind in kinds.get(setting(run), ()) if run["method"] == "full" or kind == own
+                  or kind[0] == own[0] and not is_above_languages(run)]
+        for kind in sorted(beside or [own]):
             tables.setdefault((setting(run), kind), []).append(run)
     groups: dict[str, Methods] = {}
     for (_, (adapter, source, _)), members in tables.items():
@@ -201,11 +206,14 @@ def setting(run: dict) -> tuple:
 
 def adapters_of(run: dict) -> tuple[str, str, str]:
     """The kind of adapter, and the language adapters below it, if any: where from, and which."""
-    stacked = run["language_adapters"]
-    if not any(stacked.values()):
+    if not is_above_languages(run):
         return run["adapter"], "", ""
-    which = json.dumps([stacked, run[SOURCES]], sort_keys=True)
+    which = json.dumps([run["language_adapters"], run[SOURCES]], sort_keys=True)
     return run["adapter"], str(run["settings"]["language_adapters"]), which
+
+
+def is_above_languages(run: dict) -> bool:
+    return any(run["language_adapters"].values())
 
 
 def title(runs: list[dict], adapter: str, source: str) -> str:
@@ -220,10 +228,10 @@ def title(runs: list[dict], adapter: str, source: str) -> str:
 
 def columns(runs: list[dict]) -> Methods:
     """By method, in the order of SELECT, and by what was set otherwise for runs of one method."""
-    order = [*SELECT, "full"]
+    order, is_above = [*SELECT, "full"], any(map(is_above_languages, runs))
     methods: Methods = {}
-    for run in sorted(runs, key=lambda run: (order.index(run["method"]), method_of(run))):
-        methods.setdefault(method_of(run), []).append(run)
+    for run in sorted(runs, key=lambda run: (order.index(run["method"]), method_of(run, is_above))):
+        methods.setdefault(method_of(run, is_above), []).append(run)
     found: Methods = {}
     for method, runs in methods.items():
         other = [name for name in BY_METHOD if len({str(run["settings"][name]) for run in runs}) > 1]
@@ -237,13 +245,16 @@ def columns(runs: list[dict]) -> Methods:
     return found
 
 
-def method_of(run: dict) -> str:
-    """The method; for FUN the labels of its tr(F), if not sampled; the form, if not Algorithm 1's."""
+def method_of(run: dict, is_above: bool) -> str:
+    """The method; for FUN the labels of its tr(F), if not sampled; the form, if not Algorithm 1's; whether it
+    has no language adapters, if others of its table have."""
     labels, batches = run["settings"]["fisher_labels"], run["settings"]["fisher_batches"]
     if labels == "official" and batches not in (None, 41):
         labels = f"official formula on {batches} batches"
     labels = f", {labels}" if run["method"] == "fun" and labels != "sampled" else ""
-    return run["method"] + labels + ", top first" * (run["settings"]["first"] == "top")
+    lacks = is_above and not is_above_languages(run) and run["method"] != "full"
+    return (run["method"] + labels + ", top first" * (run["settings"]["first"] == "top")
+            + ", no language adapters" * lacks)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -264,11 +275,14 @@ def table(methods: Methods) -> list[list[str]]:
         values = row(name.replace("_", " "), lambda runs: str(runs[0]["settings"][name]))
         if len({*values[1:]}) > 1 and name != "order":
             rows.append(values)
-    weak = weakest_first(targets, standard_of(methods), metrics[0])[: len(targets) // 2]
+    weak = weakest_first(targets, standard_runs(methods), metrics[0])[: len(targets) // 2]
+    unseen = unseen_languages(methods)
     for metric in metrics:
         of = "" if metric == metrics[0] else f", {metric}"
         rows += [row(name, cell) for name, cell in score_cells(methods, metric, of, targets, weak).items()]
-        beside = [row(f"the paper's{of}", lambda runs: paper_cell(runs, metric)),
+        beside = [row(f"mean of unseen {' '.join(unseen)}{of}", lambda runs: spread(
+                      [mean(run["scores"][key][metric] for key in unseen) for run in runs if unseen])),
+                  row(f"the paper's{of}", lambda runs: paper_cell(runs, metric)),
                   row(f"difference{of}", lambda runs: difference(runs, metric))]
         rows += [cells for cells in beside if {*cells[1:]} != {"-"}]
     rows.append(row("lowest language", lambda runs: lowest(runs, metrics[0], targets)))
@@ -282,17 +296,23 @@ def table(methods: Methods) -> list[list[str]]:
 def score_cells(methods: Methods, metric: str, of: str, targets: list[str],
                 weak: list[str]) -> dict[str, Callable]:
     """By row of one metric, what makes a cell of a method's runs."""
-    standard = standard_of(methods)
     optimistic = " (optimistic)" if is_selected_on_test(methods) else ""
 
     def gain(runs: list[dict], languages: list[str]) -> str:
-        return spread([*map(mean, gains(runs, standard, metric, languages))], "+")
+        return spread([*map(mean, gains(methods, runs, metric, languages))], "+")
 
     return {f"English, {metric}{optimistic}": lambda runs: spread(scores_of(runs, "en", metric)),
             f"mean of targets, {metric}": lambda runs: spread(averages(runs, metric)),
             f"over standard{of}": lambda runs: gain(runs, targets),
-            f"its 95 % interval{of}": lambda runs: interval(gains(runs, standard, metric, targets)),
+            f"its 95 % interval{of}": lambda runs: interval(gains(methods, runs, metric, targets)),
             f"in the weaker half{of}": lambda runs: gain(runs, weak)}
+
+
+def unseen_languages(methods: Methods) -> list[str]:
+    """The target languages without an adapter of their own, of the table's runs above language adapters."""
+    above = next((runs[0] for runs in methods.values() if is_above_languages(runs[0])), {"scores": {}})
+    return [language for language in above["scores"]
+            if language != "en" and above["language_adapters"].get(language) != language]
 
 
 def scores_of(runs: list[dict], language: str, metric: str) -> list[float]:
@@ -304,19 +324,26 @@ def averages(runs: list[dict], metric: str) -> list[float]:
     return [run["average"].get(metric, math.nan) for run in runs]
 
 
-def standard_of(methods: Methods) -> list[dict]:
-    """What gains are held against: none if standard training was run in several settings."""
-    found = [runs for runs in methods.values() if runs[0]["method"] == "standard"]
-    return found[0] if len(found) == 1 else []
+def standard_runs(methods: Methods) -> list[dict]:
+    return [run for runs in methods.values() for run in runs if run["method"] == "standard"]
 
 
 def weakest_first(languages: list[str], runs: list[dict], metric: str) -> list[str]:
     return sorted(languages, key=lambda language: sum(scores_of(runs, language, metric)))
 
 
-def gains(runs: list[dict], standard: list[dict], metric: str, languages: list[str]) -> list[list[float]]:
-    """By seed and language, what a run scores above the standard run of its seed."""
-    scores = {run["seed"]: run["scores"] for run in standard if languages and runs[0]["method"] != "standard"}
+def standard_of(methods: Methods, runs: list[dict]) -> list[dict]:
+    """What these runs' gains are held against, standard training of their kind: with language adapters or
+    without (`full` has none in either). None if that was run in several settings."""
+    found = [others for others in methods.values() if others[0]["method"] == "standard" and (
+        runs[0]["method"] == "full" or is_above_languages(others[0]) == is_above_languages(runs[0]))]
+    return found[0] if len(found) == 1 else []
+
+
+def gains(methods: Methods, runs: list[dict], metric: str, languages: list[str]) -> list[list[float]]:
+    """By seed and language, what a run scores above the run of its seed by standard training."""
+    standard = standard_of(methods, runs) if languages and runs[0]["method"] != "standard" else []
+    scores = {run["seed"]: run["scores"] for run in standard}
     pairs = [(run["scores"], scores[run["seed"]]) for run in runs if run["seed"] in scores]
     return [[ours[language][metric] - theirs[language][metric] for language in languages]
             for ours, theirs in pairs]
@@ -404,7 +431,7 @@ def notes(methods: Methods) -> Iterator[str]:
             yield f"{method}, seed {run['seed']}, opened {opening_order(run)}"
     yield from correlations(methods)
     firsts = [runs[0] for runs in methods.values()]
-    if run := next((run for run in firsts if any(run["language_adapters"].values())), None):
+    if run := next(filter(is_above_languages, firsts), None):
         stacked = run["language_adapters"].items()
         yield "language adapters: " + ", ".join(
             f"{run[SOURCES].get(adapter, adapter)} for {language}" for language, adapter in stacked)

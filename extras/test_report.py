@@ -92,10 +92,29 @@ def test_full_stands_beside_every_kind_of_adapter_and_alone_by_itself(tmp_path, 
     assert unfreeze.main(["report", *map(str, sorted(tmp_path.iterdir()))]) == 0
     printed = capsys.readouterr().out
     heads = [table[""] for table in tables_of(printed)]
-    assert heads == [["standard", "full"], ["standard", "full"], ["gu", "full"], ["gu"]]
-    assert printed.count("m, lora") == 3 and printed.count("m, pfeiffer") == 1 and "none, " not in printed
+    assert heads == [["standard", "full"], ["standard, no language adapters", "gu", "full"], ["gu"]]
+    assert printed.count("m, lora") == 2 and printed.count("m, pfeiffer") == 1 and "none, " not in printed
     assert unfreeze.main(["report", str(tmp_path / "4")]) == 0
     assert "m, none, 2 languages" in capsys.readouterr().out
+
+
+def test_runs_without_language_adapters_have_columns_beside_those_above_some(tmp_path, capsys):
+    above = {"en": "en", "de": "de", "fr": "en", "ur": "en"}
+    scores = {("standard", 0): (80, 50, 40, 30), ("gu", 0): (80, 52, 42, 38), ("gu", 1): (80, 54, 45, 41)}
+    for (method, seed), of_run in scores.items():
+        for name, stacked, lost in (("above", above, 0), ("bare", {}, 12 if method == "gu" else 8)):
+            write_run(tmp_path / f"{method}-{seed}-{name}", method=method, seed=seed, language_adapters=stacked,
+                      language_scores={key: {"accuracy": score - lost} for key, score in zip(above, of_run)})
+    write_run(tmp_path / "full", dict.fromkeys(above, {"accuracy": 90}), method="full", adapter="none")
+    rows = printed_table(sorted(tmp_path.iterdir()), capsys)
+    assert rows[""] == ["standard", "standard, no language adapters", "gu", "gu, no language adapters", "full"]
+    assert rows["seeds"] == ["1", "1", "2", "2", "1"]
+    assert rows["over standard"] == ["-", "-", "+4.0", "+0.0", "-"]  # with seed 0 alone, each over its kind's
+    assert rows["mean of unseen fr ur"] == ["35.0", "27.0", "41.5 ± 2.1", "29.5 ± 2.1", "90.0"]
+    bare = printed_table(tmp_path.glob("*bare"), capsys)
+    assert bare[""] == ["standard", "gu"] and not [name for name in bare if "unseen" in name]
+    alone = printed_table([*tmp_path.glob("*above"), tmp_path / "full"], capsys)
+    assert alone["over standard"] == ["-", "+4.0", "+50.0"]
 
 
 def test_report_gives_the_shape_of_the_curve_of_the_trace_averaged_over_seeds(tmp_path, capsys):
