@@ -133,6 +133,7 @@ def checked(record: dict, name: Path | str, results: Path | str, log: Path | str
         run["settings"] = defaults | older | own
         run.setdefault("train_examples", own.get("train_examples") or 0)  # 0: not recorded
         assert isinstance(run["settings"]["fisher_labels"], str) and isinstance(run.get("data", ""), str)
+        assert isinstance(run["settings"]["average"], bool)
         metrics = run["scores"]["en"].keys()
         assert isinstance(run["average"], dict) and isinstance(run[SOURCES], dict)
         assert all(isinstance(adapter, str | None) for adapter in run["language_adapters"].values())
@@ -168,8 +169,8 @@ def curves(log: list[dict], metric: str) -> tuple[list[dict], list[dict]]:
 # apart otherwise.
 BY_METHOD = ("lr", "k", "epochs", "steps", "decay", "order", "fisher_batches")
 TOLD_APART = ("task", "method", "first", "adapter", "model", "language_adapters", "data", "languages",
-              "language", "train_examples", "seed", "fisher_every", "fisher_labels", "device", "save_every",
-              "out", "overwrite")
+              "language", "train_examples", "seed", "fisher_every", "fisher_labels", "average", "device",
+              "save_every", "out", "overwrite")
 
 
 def comparable(runs: list[dict]) -> dict[str, Methods]:
@@ -246,15 +247,15 @@ def columns(runs: list[dict]) -> Methods:
 
 
 def method_of(run: dict, is_above: bool) -> str:
-    """The method; for FUN the labels of its tr(F), if not sampled; the form, if not Algorithm 1's; whether it
-    has no language adapters, if others of its table have."""
+    """The method; for FUN the labels of its tr(F), if not sampled; the form, if not Algorithm 1's; whether
+    its weights are averaged, and whether it has no language adapters, if others of its table have."""
     labels, batches = run["settings"]["fisher_labels"], run["settings"]["fisher_batches"]
     if labels == "official" and batches not in (None, 41):
         labels = f"official formula on {batches} batches"
     labels = f", {labels}" if run["method"] == "fun" and labels != "sampled" else ""
     lacks = is_above and not is_above_languages(run) and run["method"] != "full"
     return (run["method"] + labels + ", top first" * (run["settings"]["first"] == "top")
-            + ", no language adapters" * lacks)
+            + ", averaged" * run["settings"]["average"] + ", no language adapters" * lacks)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -333,10 +334,13 @@ def weakest_first(languages: list[str], runs: list[dict], metric: str) -> list[s
 
 
 def standard_of(methods: Methods, runs: list[dict]) -> list[dict]:
-    """What these runs' gains are held against, standard training of their kind: with language adapters or
-    without (`full` has none in either). None if that was run in several settings."""
-    found = [others for others in methods.values() if others[0]["method"] == "standard" and (
-        runs[0]["method"] == "full" or is_above_languages(others[0]) == is_above_languages(runs[0]))]
+    """What these runs' gains are held against, standard training of their kind: averaged or not, above
+    language adapters or not (`full` has none in either). None if that was run in several settings."""
+    def kind(run: dict) -> tuple:
+        return run["settings"]["average"], is_above_languages(run) and runs[0]["method"] != "full"
+
+    found = [others for others in methods.values()
+             if others[0]["method"] == "standard" and kind(others[0]) == kind(runs[0])]
     return found[0] if len(found) == 1 else []
 
 
@@ -449,14 +453,15 @@ def is_selected_on_test(methods: Methods) -> bool:
 def correlations(methods: Methods) -> Iterator[str]:
     """Spearman's correlation of tr(F) per open block with scores, over the runs of two methods or more whose
     tr(F) is measured alike. Each run is a point: x is tr(F) at the last measurement up to the weights kept
-    (as in the paper's Figure 4), or the highest up to there, y their validation score or mean of targets."""
+    (as in the paper's Figure 4), or the highest up to there, y their validation score or mean of targets.
+    Without averaged runs, whose weights are of no step."""
     alike: dict[tuple, list[tuple]] = {}
     for method, runs in methods.items():
         for run in runs:
             metric = next(iter(run["scores"]["en"]))
             kept = max(run["validations"], key=lambda event: event[metric], default={"step": -1})
             curve = [event["average"] for event in run["traces"] if event["step"] <= kept["step"]]
-            if curve and run["average"]:
+            if curve and run["average"] and not run["settings"]["average"]:
                 way = run["settings"]["fisher_labels"], str(run["settings"]["fisher_batches"])
                 point = method, curve[-1], max(curve), kept[metric], run["average"][metric]
                 alike.setdefault(way, []).append(point)
@@ -564,7 +569,8 @@ def departures(run: dict) -> list[str]:
         f"{len(scores)} languages" + " (others)" * (len(scores) == len(task.languages)):
             {*scores} != {*task.languages},
         f"{settings['test_examples']} test examples": settings["test_examples"] is not None,
-        f"max length {settings['max_length']}": settings["max_length"] != task.max_length}
+        f"max length {settings['max_length']}": settings["max_length"] != task.max_length,
+        "averaged weights": settings["average"]}
     if run["method"] != "full":
         source, own = str(settings["language_adapters"]), len(lacking) < len(scores)
         found["no language adapter" + (f" for {' '.join(lacking)}" if own else "s")] = bool(lacking)

@@ -103,11 +103,13 @@ def test_runs_without_language_adapters_have_columns_beside_those_above_some(tmp
     scores = {("standard", 0): (80, 50, 40, 30), ("gu", 0): (80, 52, 42, 38), ("gu", 1): (80, 54, 45, 41)}
     for (method, seed), of_run in scores.items():
         for name, stacked, lost in (("above", above, 0), ("bare", {}, 12 if method == "gu" else 8)):
-            write_run(tmp_path / f"{method}-{seed}-{name}", method=method, seed=seed, language_adapters=stacked,
-                      language_scores={key: {"accuracy": score - lost} for key, score in zip(above, of_run)})
+            of_language = {key: {"accuracy": score - lost} for key, score in zip(above, of_run)}
+            write_run(tmp_path / f"{method}-{seed}-{name}", of_language, method=method, seed=seed,
+                      language_adapters=stacked)
     write_run(tmp_path / "full", dict.fromkeys(above, {"accuracy": 90}), method="full", adapter="none")
     rows = printed_table(sorted(tmp_path.iterdir()), capsys)
-    assert rows[""] == ["standard", "standard, no language adapters", "gu", "gu, no language adapters", "full"]
+    bare = ", no language adapters"
+    assert rows[""] == ["standard", "standard" + bare, "gu", "gu" + bare, "full"]
     assert rows["seeds"] == ["1", "1", "2", "2", "1"]
     assert rows["over standard"] == ["-", "-", "+4.0", "+0.0", "-"]  # with seed 0 alone, each over its kind's
     assert rows["mean of unseen fr ur"] == ["35.0", "27.0", "41.5 ± 2.1", "29.5 ± 2.1", "90.0"]
@@ -115,6 +117,25 @@ def test_runs_without_language_adapters_have_columns_beside_those_above_some(tmp
     assert bare[""] == ["standard", "gu"] and not [name for name in bare if "unseen" in name]
     alone = printed_table([*tmp_path.glob("*above"), tmp_path / "full"], capsys)
     assert alone["over standard"] == ["-", "+4.0", "+50.0"]
+
+
+def test_averaged_runs_have_columns_of_their_own_and_gain_over_averaged_standard_training(study, capsys):
+    gained = {"standard": 3, "gu": 1}  # by averaging
+    for folder in map(Path, study[:4]):
+        method = folder.name[:-2]
+        results = json.loads((folder / "results.json").read_text())
+        scores = {language: {"accuracy": score["accuracy"] + gained[method]}
+                  for language, score in results["scores"].items()}
+        write_run(folder.with_name(f"averaged-{folder.name}"), scores, method=method, seed=results["seed"],
+                  order=results["order"], settings={"average": True, "k": 5, "steps": 9})
+        shutil.copy(folder / "log.jsonl", folder.with_name(f"averaged-{folder.name}"))
+    plain = reported(capsys, *study[:4])
+    printed = reported(capsys, *study[:4], *Path(study[0]).parent.glob("averaged-*"))
+    [rows], correlated = tables_of(printed), [line for line in plain.splitlines() if "Spearman" in line]
+    assert rows[""] == ["standard", "standard, averaged", "gu", "gu, averaged"]
+    assert rows["mean of targets, accuracy"] == ["50.5 ± 0.7", "53.5 ± 0.7", "55.5 ± 2.1", "56.5 ± 2.1"]
+    assert rows["over standard"] == ["-", "-", "+5.0 ± 1.4", "+3.0 ± 1.4"]
+    assert len(correlated) == 1 and correlated[0] in printed.splitlines()  # not of averaged runs
 
 
 def test_report_gives_the_shape_of_the_curve_of_the_trace_averaged_over_seeds(tmp_path, capsys):
@@ -236,6 +257,7 @@ def test_report_sets_the_papers_figure_and_the_difference_beside_a_run_in_its_se
     ({"settings": {"lr": 1e-4, "k": 50}}, "lr 0.0001, k 50"),
     ({"settings": {"batch_size": 32}}, "batch size 32"),
     ({"settings": {"decay": "constant", "max_length": 64}}, "max length 64, decay constant"),
+    ({"settings": {"average": True}}, "averaged weights"),
 ])
 def test_report_names_what_differs_from_the_papers_setting_and_gives_no_difference(
         change, named, tmp_path, capsys):
@@ -244,7 +266,8 @@ def test_report_names_what_differs_from_the_papers_setting_and_gives_no_differen
     for runs in [run, *beside], [*beside, run]:  # one such run in a column is enough
         assert unfreeze.main(["report", *map(str, runs)]) == 0
         printed = capsys.readouterr().out
-        assert f"* gu: not the paper's setting, but {named}\n" in printed and "73.44±0.24 *" in printed
+        label = "gu, averaged" if named == "averaged weights" else "gu"
+        assert f"* {label}: not the paper's setting, but {named}\n" in printed and "73.44±0.24 *" in printed
         assert "difference" not in tables_of(printed)[0]
 
 
