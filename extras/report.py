@@ -2,7 +2,7 @@
 
     python unfreeze.py report runs/*                            # tables: mean ± standard deviation over seeds
     python unfreeze.py report runs/* --plot curves.png          # panels a to d of each table; also .pdf, .svg
-    python unfreeze.py report runs/* --plot gain.pdf --panel d  # one panel alone
+    python unfreeze.py report runs/* --plot gain.pdf --panel d  # one panel alone, a to e
     python unfreeze.py report runs/* --bundle study.jsonl       # keeps the runs read, in one file
     python unfreeze.py report study.jsonl                       # reads them there, as in their folders
 
@@ -36,7 +36,7 @@ def report(arguments: list[str]) -> None:
     parser.error = refuse
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's folder, or a bundle")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="panels a to d; also .pdf and .svg")
-    parser.add_argument("--panel", choices=[*"abcd"], help="draw this one alone")
+    parser.add_argument("--panel", choices=[*"abcde"], help="draw this one alone; e: tr(F), block by step")
     parser.add_argument("--bundle", type=Path, metavar="FILE.jsonl", help="write the runs into one file")
     given = parser.parse_args(arguments)
     if given.panel and not given.plot:
@@ -155,9 +155,9 @@ def curves(log: list[dict], metric: str) -> tuple[list[dict], list[dict]]:
     traces = [event | {"average": mean(event["trace"][block] for block in event["trainable"])}
               for event in log if event["event"] == "fisher" and event["trainable"]]
     validations = [event for event in log if event.get("split") == "validation"]
-    numbers = [event[name] for event in traces for name in ("step", "average")]
+    numbers = [value for event in traces for value in (event["step"], event["average"], *event["trace"])]
     numbers += [event[name] for event in validations for name in ("step", metric)]
-    assert all(map(is_number, numbers))
+    assert all(map(is_number, numbers)) and len({len(event["trace"]) for event in traces}) < 2
     return traces, validations
 
 

@@ -149,7 +149,7 @@ def test_report_gives_the_shape_of_the_curve_of_the_trace_averaged_over_seeds(tm
     runs = [tmp_path / "0", tmp_path / "1"]
     assert printed_table(runs, capsys)["tr(F) first, highest, last"] == ["3, 6 at 5, 2"]
     log = (tmp_path / "1" / "log.jsonl").read_text()
-    for trace in ("", ', "trace": [1, NaN]', ', "trace": [1]'):
+    for trace in ("", ', "trace": [1, NaN]', ', "trace": [1]', ', "trace": [1, 2]', ', "trace": [NaN, 1, 2]'):
         (tmp_path / "1" / "log.jsonl").write_text(
             log + '{"event": "fisher", "step": 30, "trainable": [1]%s}\n' % trace)
         assert unfreeze.main(["report", *map(str, runs)]) == 2
@@ -587,6 +587,22 @@ def test_plots_of_gains_name_the_weakest_language_first_with_intervals_over_seed
 
 
 @with_matplotlib
+def test_plots_of_each_block_have_the_mean_logarithm_over_seeds_and_the_openings(study, tmp_path):
+    standard, gu = drawn("e", study[:4]).child_axes
+    expected = {standard: [[99] * 3, [4, 8, 3]], gu: [[99] * 3, [63 ** 0.5, 8 ** 0.5, 1]]}  # 9*7, 2*4
+    for part, blocks in expected.items():
+        mesh, [openings] = part.collections[0], part.lines
+        assert mesh.get_array().tolist() == [pytest.approx(values) for values in blocks]
+        assert (mesh.norm.vmin, mesh.norm.vmax) == pytest.approx((1, 99))  # the same colours
+        assert {*zip(*map(tuple, openings.get_data()))} == {(0, 1), (5, 0)}
+    assert [part.get_title() for part in expected] == ["standard", "gu"]
+    zero = logged_run(tmp_path / "zero", "gu", 0, traces=(0, 2, 0))
+    [part] = drawn("e", [zero]).child_axes
+    mesh = part.collections[0]
+    assert mesh.norm(mesh.get_array()[1]).mask.tolist() == [True, False, True]  # 0 has no colour
+
+
+@with_matplotlib
 def test_plots_and_each_panel_alone_are_files_of_their_ending_with_the_same_bytes_each_time(
         study, tmp_path, capsys):
     def picture(name: str, *panel) -> bytes:
@@ -597,9 +613,9 @@ def test_plots_and_each_panel_alone_are_files_of_their_ending_with_the_same_byte
     for ending, start in {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}.items():
         one, two = (picture(f"{name}.{ending}") for name in ("one", "two"))
         assert one == two and one.startswith(start)
-    pictures = {one, *(picture(f"{panel}.svg", "--panel", panel) for panel in "abcd")}
-    assert len(pictures) == 5
-    assert "--panel" in refused(capsys, *study, "--panel", "e", "--plot", tmp_path / "e.png")
+    pictures = {one, *(picture(f"{panel}.svg", "--panel", panel) for panel in "abcde")}
+    assert len(pictures) == 6
+    assert "--panel" in refused(capsys, *study, "--panel", "f", "--plot", tmp_path / "f.png")
     os.mkfifo(tmp_path / "pipe.png")
     assert "there is something that is no file" in refused(capsys, *study, "--plot", tmp_path / "pipe.png")
     assert "name a .png, .pdf or .svg" in refused(capsys, *study, "--plot", tmp_path / "LICENSE")
@@ -611,6 +627,7 @@ def test_plots_take_any_name_of_a_language_or_folder_and_a_trace_of_zeros(tmp_pa
     scores = {"en": {"accuracy": 80}, "$x_{$": {"accuracy": 40}, "de": {"accuracy": 40}}
     for method in ("gu", "standard"):
         write_run(tmp_path / method, scores, method=method, model="a$_{$")  # as a formula, an error
-    reported(capsys, tmp_path / "gu", tmp_path / "standard", "--plot", tmp_path / "strange.png")
+    for panel in ([], ["--panel", "e"]):
+        reported(capsys, tmp_path / "gu", tmp_path / "standard", "--plot", tmp_path / "strange.png", *panel)
     flat = logged_run(tmp_path / "flat", "gu", 0, traces=(0, 0, 0))
     reported(capsys, flat, "--plot", tmp_path / "flat.png", "--panel", "a")
