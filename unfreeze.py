@@ -370,7 +370,7 @@ def train(settings: Settings) -> None:
         raise KeyboardInterrupt(128 + asked_to_stop[0])
     if state["kept"] is not None:
         put(state["kept"], learned)
-    if settings.average:  # nobody has validated the mean
+    if settings.average:  # the mean's own scores
         state["validation"], _ = validate()
     scores = test_zero_shot(run, model, blocks, languages, splits, encoded, evaluate, settings.steps)
     save_weights(out, settings, model, tokenizer)

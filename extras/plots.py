@@ -188,6 +188,7 @@ def draw_blocks(axes, methods: Methods, styles: dict[str, dict]) -> None:
 
 def block_map(runs: list[dict]) -> dict[int, list[float]]:
     """By step, tr(F) of each block, open or not: the mean over the runs of its logarithm."""
+
     def middle(values: tuple) -> float:
         return geometric_mean(values) if min(values) > 0 else 0
 

@@ -281,9 +281,10 @@ def table(methods: Methods) -> list[list[str]]:
     for metric in metrics:
         of = "" if metric == metrics[0] else f", {metric}"
         rows += [row(name, cell) for name, cell in score_cells(methods, metric, of, targets, weak).items()]
-        beside = [row(f"mean of unseen {' '.join(unseen)}{of}", lambda runs: spread(
-                      [mean(run["scores"][key][metric] for key in unseen) for run in runs if unseen])),
-                  row(f"the paper's{of}", lambda runs: paper_cell(runs, metric)),
+        if unseen:
+            rows.append(row(f"mean of unseen {' '.join(unseen)}{of}", lambda runs: spread(
+                [mean(run["scores"][language][metric] for language in unseen) for run in runs])))
+        beside = [row(f"the paper's{of}", lambda runs: paper_cell(runs, metric)),
                   row(f"difference{of}", lambda runs: difference(runs, metric))]
         rows += [cells for cells in beside if {*cells[1:]} != {"-"}]
     rows.append(row("lowest language", lambda runs: lowest(runs, metrics[0], targets)))
@@ -336,6 +337,7 @@ def weakest_first(languages: list[str], runs: list[dict], metric: str) -> list[s
 def standard_of(methods: Methods, runs: list[dict]) -> list[dict]:
     """What these runs' gains are held against, standard training of their kind: averaged or not, above
     language adapters or not (`full` has none in either). None if that was run in several settings."""
+
     def kind(run: dict) -> tuple:
         return run["settings"]["average"], is_above_languages(run) and runs[0]["method"] != "full"
 

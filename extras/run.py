@@ -37,6 +37,8 @@ def run_folder(settings) -> Path:
     kind += f"-{settings.fisher_labels}" if settings.fisher_labels != "sampled" else ""
     kind += f"-{settings.first}" if settings.first else ""
     kind += "-average" if settings.average else ""
+    is_bare = settings.language_adapters == "none" and settings.method != "full"
+    kind += "-no-language-adapters" if is_bare else ""
     task = TASKS[settings.task]
     run = f"/{settings.language}" if task.trains_language else f"{kind}-{settings.method}-{settings.seed}"
     model, data = Path(settings.model), Path(settings.data or "")
@@ -228,7 +230,7 @@ def introduce(settings, splits: dict, encoded: dict, blocks: int, stride: int, l
     tell(f"{settings.steps} steps of {settings.batch_size}, lr {settings.lr:g} {settings.decay}, k "
          f"{settings.k}, {blocks} blocks, {settings.max_length} tokens, seed {settings.seed}, {device}, "
          f"{settings.precision},")
-    tested = ", the mean of whose weights is tested" if settings.average else ""
+    tested = " (tested is the mean of their weights)" if settings.average else ""
     tell(f"{len(splits['validation'])} validation examples every {stride} steps{tested}; test languages "
          f"{' '.join(languages) or 'none'}")
     is_mixed = settings.language_adapters.startswith("auto,")

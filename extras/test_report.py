@@ -119,6 +119,18 @@ def test_runs_without_language_adapters_have_columns_beside_those_above_some(tmp
     assert alone["over standard"] == ["-", "+4.0", "+50.0"]
 
 
+def test_a_language_without_an_adapter_is_reported_with_and_without_the_english_one(
+        assets, languages, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for choice in (languages, "none"):
+        assert unfreeze.main(command(assets, None, "--language-adapters", choice)) == 0
+    folders = [Path(f"runs/classify-model-data{name}-gu-0") for name in ("", "-no-language-adapters")]
+    capsys.readouterr()
+    rows = printed_table(folders, capsys)
+    assert rows[""] == ["gu", "gu, no language adapters"]
+    assert rows["mean of unseen zh-CN"] == rows["zh-CN"]
+
+
 def test_averaged_runs_have_columns_of_their_own_and_gain_over_averaged_standard_training(study, capsys):
     gained = {"standard": 3, "gu": 1}  # by averaging
     for folder in map(Path, study[:4]):
