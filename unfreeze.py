@@ -330,6 +330,7 @@ def train(settings: Settings) -> None:
                 scores, _ = validate()
             run.log("eval", step, split="validation", language=settings.language or "en", **scores)
             keep(state, scores, step, learned)
+            state.setdefault("untrained", scores)
         opened = [] if is_end else unfreezer.step(step)  # Algorithm 1: add the blocks SELECT() names to S
         if opened:
             run.log("open", step, blocks=opened)
@@ -581,7 +582,6 @@ def keep_best(state: dict, scores: dict, step: int, learned: dict[str, nn.Parame
     metric = next(iter(scores))
     if state["kept"] is None or scores[metric] > state["validation"][metric]:
         state |= {"kept": copied(learned) if step else None, "kept_step": step, "validation": scores}
-    state.setdefault("untrained", scores)
 
 
 def keep_mean(state: dict, scores: dict, step: int, learned: dict[str, nn.Parameter]) -> None:
@@ -591,7 +591,6 @@ def keep_mean(state: dict, scores: dict, step: int, learned: dict[str, nn.Parame
         state["kept"] = state["kept"] or copied(learned)
         for name, parameter in learned.items():  # mean + (weights - mean) / count
             state["kept"][name].lerp_(parameter.detach(), 1 / state["count"])
-    state.setdefault("untrained", scores)
 
 
 def test_zero_shot(run: Run, model: nn.Module, blocks: list[nn.Module], languages: dict, splits: dict,

@@ -188,11 +188,8 @@ def draw_blocks(axes, methods: Methods, styles: dict[str, dict]) -> None:
 
 def block_map(runs: list[dict]) -> dict[int, list[float]]:
     """By step, tr(F) of each block, open or not: the mean over the runs of its logarithm."""
-
-    def middle(values: tuple) -> float:
-        return geometric_mean(values) if min(values) > 0 else 0
-
-    return {step: [*map(middle, zip(*traces))] for step, traces in by_step(runs, "traces", "trace").items()}
+    return {step: [geometric_mean(of_block) if min(of_block) > 0 else 0 for of_block in zip(*traces)]
+            for step, traces in by_step(runs, "traces", "trace").items()}
 
 
 PANELS = {"a": ("tr(F) per open block (band: all seeds)", draw_traces),

@@ -36,9 +36,8 @@ def run_folder(settings) -> Path:
     kind += f"-{settings.train_examples}" if settings.train_examples else ""
     kind += f"-{settings.fisher_labels}" if settings.fisher_labels != "sampled" else ""
     kind += f"-{settings.first}" if settings.first else ""
-    kind += "-average" if settings.average else ""
-    is_bare = settings.language_adapters == "none" and settings.method != "full"
-    kind += "-no-language-adapters" if is_bare else ""
+    kind += "-average" * settings.average
+    kind += "-no-language-adapters" * (settings.language_adapters == "none" and settings.method != "full")
     task = TASKS[settings.task]
     run = f"/{settings.language}" if task.trains_language else f"{kind}-{settings.method}-{settings.seed}"
     model, data = Path(settings.model), Path(settings.data or "")
