@@ -9,8 +9,8 @@
 #   bash run.sh test [options]              the tests; options go to pytest
 #
 # TASK: xnli, xquad, mlqa, xcopa, ner, classify, tag, mlm. Options go to unfreeze.py (python unfreeze.py --help):
-# --method "gu fun" and --seed "0 1" name several runs. One that is finished is kept, one that was stopped continued, unless
-# --overwrite is given. Runs go to runs/TASK-MODEL-METHOD-SEED, the demo's to runs/demo-METHOD-SEED.
+# --method "gu fun" and --seed "0 1" name several runs. One that is finished is kept, one that was stopped continued,
+# unless --overwrite is given. Runs go to runs/TASK-MODEL-METHOD-SEED, the demo's to runs/demo-METHOD-SEED.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 

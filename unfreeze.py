@@ -234,6 +234,8 @@ class Settings:
                                         "official 41)", least=1)
     eval_every: int | None = option(None, "steps between two validations; 0: ends of epochs, at least 50 "
                                     "steps apart (default: 500 with data from the hub, else 0)", least=0)
+    average: bool = option(False, "test the mean of the weights at all validations but the untrained one, "
+                           "frozen blocks as they are, in place of the best weights", action="store_true")
     device: str | None = option(None, "default: cuda when there is one", choices=["cpu", "cuda"])
     precision: str | None = option(None, "bf16 is autocast (default: tf32 on CUDA, fp32 on a CPU)",
                                    choices=["fp32", "tf32", "bf16"])
@@ -315,6 +317,8 @@ def train(settings: Settings) -> None:
     state = restore_state(run, learned, optimizer, unfreezer) or run.start_anew()
     losses.read = state.pop("losses")
     evaluate = partial(evaluate_split, task, model, labels, collate, autocast)
+    validate = partial(evaluate, splits["validation"], encoded["validation"], settings.language or "en")
+    keep = keep_mean if settings.average else keep_best
     asked_to_stop = note_stop_signals()  # the step under way is finished first
 
     progress = tqdm(range(state["step"], settings.steps + 1), initial=state["step"], total=settings.steps,
@@ -324,9 +328,10 @@ def train(settings: Settings) -> None:
         traces.begin(step)
         if step % stride == 0 or is_end:
             with stopping_at_once():  # all is in the checkpoint
-                scores, _ = evaluate(splits["validation"], encoded["validation"], settings.language or "en")
+                scores, _ = validate()
             run.log("eval", step, split="validation", language=settings.language or "en", **scores)
-            keep_best(state, scores, step, learned)
+            keep(state, scores, step, learned)
+            state.setdefault("untrained", scores)
         opened = [] if is_end else unfreezer.step(step)  # Algorithm 1: add the blocks SELECT() names to S
         if opened:
             run.log("open", step, blocks=opened)
@@ -365,8 +370,10 @@ def train(settings: Settings) -> None:
     on_stop_signals(stop_now)
     if asked_to_stop:  # after the last step, which is in the checkpoint
         raise KeyboardInterrupt(128 + asked_to_stop[0])
-    if state["best"] is not None:
-        put(state["best"], learned)
+    if state["kept"] is not None:
+        put(state["kept"], learned)
+    if settings.average:  # the mean's own scores
+        state["validation"], _ = validate()
     scores = test_zero_shot(run, model, blocks, languages, splits, encoded, evaluate, settings.steps)
     save_weights(out, settings, model, tokenizer)
     run.finish(describe(settings, scores) | {
@@ -574,9 +581,17 @@ def steps_between_validations(settings: Settings, sequences: int) -> int:
 def keep_best(state: dict, scores: dict, step: int, learned: dict[str, nn.Parameter]) -> None:
     """Of equal validations the first; the untrained weights only until others are there."""
     metric = next(iter(scores))
-    if state["best"] is None or scores[metric] > state["validation"][metric]:
-        state |= {"best": copied(learned) if step else None, "kept_step": step, "validation": scores}
-    state.setdefault("untrained", scores)
+    if state["kept"] is None or scores[metric] > state["validation"][metric]:
+        state |= {"kept": copied(learned) if step else None, "kept_step": step, "validation": scores}
+
+
+def keep_mean(state: dict, scores: dict, step: int, learned: dict[str, nn.Parameter]) -> None:
+    """The mean of the weights at all validations (Schmidt, Vulić, Glavaš, ACL 2023) but the untrained one."""
+    if step:
+        state["count"] += 1
+        state["kept"] = state["kept"] or copied(learned)
+        for name, parameter in learned.items():  # mean + (weights - mean) / count
+            state["kept"][name].lerp_(parameter.detach(), 1 / state["count"])
 
 
 def test_zero_shot(run: Run, model: nn.Module, blocks: list[nn.Module], languages: dict, splits: dict,

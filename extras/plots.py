@@ -1,12 +1,13 @@
-"""The pictures of `report --plot`: four panels for each of its tables (PANELS says what they show)."""
+"""The pictures of `report --plot`: panels a to d of each of its tables, or one alone (see PANELS)."""
 
 import io
+import math
 import textwrap
 from pathlib import Path
-from statistics import mean
+from statistics import geometric_mean, mean
 
 from adapters import write_atomically
-from extras.report import (Methods, bootstrap, by_step, gains, is_one_by_one, scores_of, standard_of,
+from extras.report import (Methods, bootstrap, by_step, gains, is_one_by_one, scores_of, standard_runs,
                            weakest_first)
 from extras.rows import UserError
 
@@ -26,7 +27,7 @@ WIDTH = 8.3  # inches, 830 pixels of a README
 
 
 def plot(groups: dict[str, Methods], path: Path, panel: str | None) -> None:
-    """Draw the four panels of each group, or one of them."""
+    """Draw panels a to d of each group, or one alone."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -64,10 +65,11 @@ def plain(text: str) -> str:
 
 
 def height(methods: Methods, panel: str | None) -> float:
-    """Of a group's picture, in inches: panel d has a line for each language and method."""
+    """Of a group's picture, in inches: panel d has a line for each language and method, panel e a map for
+    each method, two in a row."""
     languages = len(next(iter(methods.values()))[0]["scores"])
     dots = 1 + languages * max(0.2, 0.05 * len(methods))
-    return {None: max(7.5, dots), "d": max(3, dots)}.get(panel, 3.2)
+    return {None: max(7.5, dots), "d": max(3, dots), "e": 3 * math.ceil(len(methods) / 2)}.get(panel, 3.2)
 
 
 def styles_of(methods: Methods) -> dict[str, dict]:
@@ -133,11 +135,11 @@ def score_over_trace(runs: list[dict]) -> tuple[list[float], list[float]]:
 
 
 def draw_gains(axes, methods: Methods, styles: dict[str, dict]) -> None:
-    standard, scores = standard_of(methods), next(iter(methods.values()))[0]["scores"]
+    standard, scores = standard_runs(methods), next(iter(methods.values()))[0]["scores"]
     metric = next(iter(scores["en"]))
     languages = weakest_first([key for key in scores if key != "en"], standard, metric)
     gained = {label: found for label, runs in methods.items()
-              if (found := gains(runs, standard, metric, languages))}
+              if (found := gains(methods, runs, metric, languages))}
     if not gained:
         axes.set_axis_off()
         axes.text(0, 0.9, "no runs of standard with the same seeds", transform=axes.transAxes)
@@ -161,7 +163,37 @@ def draw_gains(axes, methods: Methods, styles: dict[str, dict]) -> None:
     axes.set(xlabel="points over standard's score (in brackets)")
 
 
+def draw_blocks(axes, methods: Methods, styles: dict[str, dict]) -> None:
+    """A map for each method, in the same colours; a dot where a block opens."""
+    from matplotlib.colors import LogNorm
+
+    maps = {label: found for label, runs in methods.items() if (found := block_map(runs))}
+    values = [value for found in maps.values() for trace in found.values() for value in trace if value > 0]
+    axes.set_axis_off()
+    if not values:
+        axes.text(0, 0.9, "no tr(F) above 0", transform=axes.transAxes)
+        return
+    rows = math.ceil(len(maps) / 2)
+    for place, (label, found) in enumerate(maps.items()):
+        row, column = divmod(place, 2)
+        part = axes.inset_axes([0.52 * column, 1 - (row + 0.9) / rows, 0.43, 0.75 / rows])
+        cells = [*zip(*found.values())]  # [blocks, steps]
+        mesh = part.pcolormesh([*found], range(len(cells)), cells, norm=LogNorm(min(values), max(values)))
+        openings = [opening for run in methods[label] for opening in run["order"]]
+        part.plot(*zip(*openings), "o", markersize=3, color="white", markeredgecolor="black", clip_on=False)
+        part.set(title=plain(label), xlabel="training step", ylabel="block (0: bottom)")
+        part.yaxis.get_major_locator().set_params(integer=True)
+    axes.figure.colorbar(mesh, ax=axes, label="tr(F)")
+
+
+def block_map(runs: list[dict]) -> dict[int, list[float]]:
+    """By step, tr(F) of each block, open or not: the mean over the runs of its logarithm."""
+    return {step: [geometric_mean(of_block) if min(of_block) > 0 else 0 for of_block in zip(*traces)]
+            for step, traces in by_step(runs, "traces", "trace").items()}
+
+
 PANELS = {"a": ("tr(F) per open block (band: all seeds)", draw_traces),
           "b": ("Mean place in the opening order", draw_orders),
           "c": ("Validation over tr(F) (pale: single seeds)", draw_validation),
-          "d": ("Gain over standard, 95 % intervals", draw_gains)}
+          "d": ("Gain over standard, 95 % intervals", draw_gains),
+          "e": ("tr(F) of each block (mean over seeds; dot: opens)", draw_blocks)}

@@ -2,7 +2,7 @@
 
     python unfreeze.py report runs/*                            # tables: mean ± standard deviation over seeds
     python unfreeze.py report runs/* --plot curves.png          # panels a to d of each table; also .pdf, .svg
-    python unfreeze.py report runs/* --plot gain.pdf --panel d  # one panel alone
+    python unfreeze.py report runs/* --plot gain.pdf --panel d  # one panel alone, a to e
     python unfreeze.py report runs/* --bundle study.jsonl       # keeps the runs read, in one file
     python unfreeze.py report study.jsonl                       # reads them there, as in their folders
 
@@ -36,7 +36,7 @@ def report(arguments: list[str]) -> None:
     parser.error = refuse
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's folder, or a bundle")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="panels a to d; also .pdf and .svg")
-    parser.add_argument("--panel", choices=[*"abcd"], help="draw this one alone")
+    parser.add_argument("--panel", choices=[*"abcde"], help="draw this one alone; e: tr(F), block by step")
     parser.add_argument("--bundle", type=Path, metavar="FILE.jsonl", help="write the runs into one file")
     given = parser.parse_args(arguments)
     if given.panel and not given.plot:
@@ -133,6 +133,7 @@ def checked(record: dict, name: Path | str, results: Path | str, log: Path | str
         run["settings"] = defaults | older | own
         run.setdefault("train_examples", own.get("train_examples") or 0)  # 0: not recorded
         assert isinstance(run["settings"]["fisher_labels"], str) and isinstance(run.get("data", ""), str)
+        assert isinstance(run["settings"]["average"], bool)
         metrics = run["scores"]["en"].keys()
         assert isinstance(run["average"], dict) and isinstance(run[SOURCES], dict)
         assert all(isinstance(adapter, str | None) for adapter in run["language_adapters"].values())
@@ -154,9 +155,9 @@ def curves(log: list[dict], metric: str) -> tuple[list[dict], list[dict]]:
     traces = [event | {"average": mean(event["trace"][block] for block in event["trainable"])}
               for event in log if event["event"] == "fisher" and event["trainable"]]
     validations = [event for event in log if event.get("split") == "validation"]
-    numbers = [event[name] for event in traces for name in ("step", "average")]
+    numbers = [value for event in traces for value in (event["step"], event["average"], *event["trace"])]
     numbers += [event[name] for event in validations for name in ("step", metric)]
-    assert all(map(is_number, numbers))
+    assert all(map(is_number, numbers)) and len({len(event["trace"]) for event in traces}) < 2
     return traces, validations
 
 
@@ -168,21 +169,26 @@ def curves(log: list[dict], metric: str) -> tuple[list[dict], list[dict]]:
 # apart otherwise.
 BY_METHOD = ("lr", "k", "epochs", "steps", "decay", "order", "fisher_batches")
 TOLD_APART = ("task", "method", "first", "adapter", "model", "language_adapters", "data", "languages",
-              "language", "train_examples", "seed", "fisher_every", "fisher_labels", "device", "save_every",
-              "out", "overwrite")
+              "language", "train_examples", "seed", "fisher_every", "fisher_labels", "average", "device",
+              "save_every", "out", "overwrite")
 
 
 def comparable(runs: list[dict]) -> dict[str, Methods]:
     """The runs by title, then by column: runs in one column differ in their seeds alone. `full` stands beside
-    every kind of adapter. Raises UserError for two runs of one column and seed."""
+    every kind of adapter, runs without language adapters beside those above some. Raises UserError for two
+    runs of one column and seed."""
     kinds: dict[tuple, set[tuple]] = {}
     for run in runs:
         if run["method"] != "full":
             kinds.setdefault(setting(run), set()).add(adapters_of(run))
+    for found in kinds.values():
+        found -= {(adapter, "", "") for adapter, _, stacked in found if stacked}
     tables: dict[tuple, list[dict]] = {}
     for run in runs:
-        beside = kinds.get(setting(run)) if run["method"] == "full" else None
-        for kind in sorted(beside or {adapters_of(run)}):
+        own = adapters_of(run)
+        beside = [kind for kind in kinds.get(setting(run), ()) if run["method"] == "full" or kind == own
+                  or kind[0] == own[0] and not is_above_languages(run)]
+        for kind in sorted(beside or [own]):
             tables.setdefault((setting(run), kind), []).append(run)
     groups: dict[str, Methods] = {}
     for (_, (adapter, source, _)), members in tables.items():
@@ -201,11 +207,14 @@ def setting(run: dict) -> tuple:
 
 def adapters_of(run: dict) -> tuple[str, str, str]:
     """The kind of adapter, and the language adapters below it, if any: where from, and which."""
-    stacked = run["language_adapters"]
-    if not any(stacked.values()):
+    if not is_above_languages(run):
         return run["adapter"], "", ""
-    which = json.dumps([stacked, run[SOURCES]], sort_keys=True)
+    which = json.dumps([run["language_adapters"], run[SOURCES]], sort_keys=True)
     return run["adapter"], str(run["settings"]["language_adapters"]), which
+
+
+def is_above_languages(run: dict) -> bool:
+    return any(run["language_adapters"].values())
 
 
 def title(runs: list[dict], adapter: str, source: str) -> str:
@@ -220,10 +229,10 @@ def title(runs: list[dict], adapter: str, source: str) -> str:
 
 def columns(runs: list[dict]) -> Methods:
     """By method, in the order of SELECT, and by what was set otherwise for runs of one method."""
-    order = [*SELECT, "full"]
+    order, is_above = [*SELECT, "full"], any(map(is_above_languages, runs))
     methods: Methods = {}
-    for run in sorted(runs, key=lambda run: (order.index(run["method"]), method_of(run))):
-        methods.setdefault(method_of(run), []).append(run)
+    for run in sorted(runs, key=lambda run: (order.index(run["method"]), method_of(run, is_above))):
+        methods.setdefault(method_of(run, is_above), []).append(run)
     found: Methods = {}
     for method, runs in methods.items():
         other = [name for name in BY_METHOD if len({str(run["settings"][name]) for run in runs}) > 1]
@@ -237,13 +246,16 @@ def columns(runs: list[dict]) -> Methods:
     return found
 
 
-def method_of(run: dict) -> str:
-    """The method; for FUN the labels of its tr(F), if not sampled; the form, if not Algorithm 1's."""
+def method_of(run: dict, is_above: bool) -> str:
+    """The method; for FUN the labels of its tr(F), if not sampled; the form, if not Algorithm 1's; whether
+    its weights are averaged, and whether it has no language adapters, if others of its table have."""
     labels, batches = run["settings"]["fisher_labels"], run["settings"]["fisher_batches"]
     if labels == "official" and batches not in (None, 41):
         labels = f"official formula on {batches} batches"
     labels = f", {labels}" if run["method"] == "fun" and labels != "sampled" else ""
-    return run["method"] + labels + ", top first" * (run["settings"]["first"] == "top")
+    lacks = is_above and not is_above_languages(run) and run["method"] != "full"
+    return (run["method"] + labels + ", top first" * (run["settings"]["first"] == "top")
+            + ", averaged" * run["settings"]["average"] + ", no language adapters" * lacks)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -264,10 +276,14 @@ def table(methods: Methods) -> list[list[str]]:
         values = row(name.replace("_", " "), lambda runs: str(runs[0]["settings"][name]))
         if len({*values[1:]}) > 1 and name != "order":
             rows.append(values)
-    weak = weakest_first(targets, standard_of(methods), metrics[0])[: len(targets) // 2]
+    weak = weakest_first(targets, standard_runs(methods), metrics[0])[: len(targets) // 2]
+    unseen = unseen_languages(methods)
     for metric in metrics:
         of = "" if metric == metrics[0] else f", {metric}"
         rows += [row(name, cell) for name, cell in score_cells(methods, metric, of, targets, weak).items()]
+        if unseen:
+            rows.append(row(f"mean of unseen {' '.join(unseen)}{of}", lambda runs: spread(
+                [mean(run["scores"][language][metric] for language in unseen) for run in runs])))
         beside = [row(f"the paper's{of}", lambda runs: paper_cell(runs, metric)),
                   row(f"difference{of}", lambda runs: difference(runs, metric))]
         rows += [cells for cells in beside if {*cells[1:]} != {"-"}]
@@ -282,17 +298,23 @@ def table(methods: Methods) -> list[list[str]]:
 def score_cells(methods: Methods, metric: str, of: str, targets: list[str],
                 weak: list[str]) -> dict[str, Callable]:
     """By row of one metric, what makes a cell of a method's runs."""
-    standard = standard_of(methods)
     optimistic = " (optimistic)" if is_selected_on_test(methods) else ""
 
     def gain(runs: list[dict], languages: list[str]) -> str:
-        return spread([*map(mean, gains(runs, standard, metric, languages))], "+")
+        return spread([*map(mean, gains(methods, runs, metric, languages))], "+")
 
     return {f"English, {metric}{optimistic}": lambda runs: spread(scores_of(runs, "en", metric)),
             f"mean of targets, {metric}": lambda runs: spread(averages(runs, metric)),
             f"over standard{of}": lambda runs: gain(runs, targets),
-            f"its 95 % interval{of}": lambda runs: interval(gains(runs, standard, metric, targets)),
+            f"its 95 % interval{of}": lambda runs: interval(gains(methods, runs, metric, targets)),
             f"in the weaker half{of}": lambda runs: gain(runs, weak)}
+
+
+def unseen_languages(methods: Methods) -> list[str]:
+    """The target languages without an adapter of their own, of the table's runs above language adapters."""
+    above = next((runs[0] for runs in methods.values() if is_above_languages(runs[0])), {"scores": {}})
+    return [language for language in above["scores"]
+            if language != "en" and above["language_adapters"].get(language) != language]
 
 
 def scores_of(runs: list[dict], language: str, metric: str) -> list[float]:
@@ -304,19 +326,30 @@ def averages(runs: list[dict], metric: str) -> list[float]:
     return [run["average"].get(metric, math.nan) for run in runs]
 
 
-def standard_of(methods: Methods) -> list[dict]:
-    """What gains are held against: none if standard training was run in several settings."""
-    found = [runs for runs in methods.values() if runs[0]["method"] == "standard"]
-    return found[0] if len(found) == 1 else []
+def standard_runs(methods: Methods) -> list[dict]:
+    return [run for runs in methods.values() for run in runs if run["method"] == "standard"]
 
 
 def weakest_first(languages: list[str], runs: list[dict], metric: str) -> list[str]:
     return sorted(languages, key=lambda language: sum(scores_of(runs, language, metric)))
 
 
-def gains(runs: list[dict], standard: list[dict], metric: str, languages: list[str]) -> list[list[float]]:
-    """By seed and language, what a run scores above the standard run of its seed."""
-    scores = {run["seed"]: run["scores"] for run in standard if languages and runs[0]["method"] != "standard"}
+def standard_of(methods: Methods, runs: list[dict]) -> list[dict]:
+    """What these runs' gains are held against, standard training of their kind: averaged or not, above
+    language adapters or not (`full` has none in either). None if that was run in several settings."""
+
+    def kind(run: dict) -> tuple:
+        return run["settings"]["average"], is_above_languages(run) and runs[0]["method"] != "full"
+
+    found = [others for others in methods.values()
+             if others[0]["method"] == "standard" and kind(others[0]) == kind(runs[0])]
+    return found[0] if len(found) == 1 else []
+
+
+def gains(methods: Methods, runs: list[dict], metric: str, languages: list[str]) -> list[list[float]]:
+    """By seed and language, what a run scores above the run of its seed by standard training."""
+    standard = standard_of(methods, runs) if languages and runs[0]["method"] != "standard" else []
+    scores = {run["seed"]: run["scores"] for run in standard}
     pairs = [(run["scores"], scores[run["seed"]]) for run in runs if run["seed"] in scores]
     return [[ours[language][metric] - theirs[language][metric] for language in languages]
             for ours, theirs in pairs]
@@ -404,7 +437,7 @@ def notes(methods: Methods) -> Iterator[str]:
             yield f"{method}, seed {run['seed']}, opened {opening_order(run)}"
     yield from correlations(methods)
     firsts = [runs[0] for runs in methods.values()]
-    if run := next((run for run in firsts if any(run["language_adapters"].values())), None):
+    if run := next(filter(is_above_languages, firsts), None):
         stacked = run["language_adapters"].items()
         yield "language adapters: " + ", ".join(
             f"{run[SOURCES].get(adapter, adapter)} for {language}" for language, adapter in stacked)
@@ -422,14 +455,15 @@ def is_selected_on_test(methods: Methods) -> bool:
 def correlations(methods: Methods) -> Iterator[str]:
     """Spearman's correlation of tr(F) per open block with scores, over the runs of two methods or more whose
     tr(F) is measured alike. Each run is a point: x is tr(F) at the last measurement up to the weights kept
-    (as in the paper's Figure 4), or the highest up to there, y their validation score or mean of targets."""
+    (as in the paper's Figure 4), or the highest up to there, y their validation score or mean of targets.
+    Without averaged runs, whose weights are of no step."""
     alike: dict[tuple, list[tuple]] = {}
     for method, runs in methods.items():
         for run in runs:
             metric = next(iter(run["scores"]["en"]))
             kept = max(run["validations"], key=lambda event: event[metric], default={"step": -1})
             curve = [event["average"] for event in run["traces"] if event["step"] <= kept["step"]]
-            if curve and run["average"]:
+            if curve and run["average"] and not run["settings"]["average"]:
                 way = run["settings"]["fisher_labels"], str(run["settings"]["fisher_batches"])
                 point = method, curve[-1], max(curve), kept[metric], run["average"][metric]
                 alike.setdefault(way, []).append(point)
@@ -537,7 +571,8 @@ def departures(run: dict) -> list[str]:
         f"{len(scores)} languages" + " (others)" * (len(scores) == len(task.languages)):
             {*scores} != {*task.languages},
         f"{settings['test_examples']} test examples": settings["test_examples"] is not None,
-        f"max length {settings['max_length']}": settings["max_length"] != task.max_length}
+        f"max length {settings['max_length']}": settings["max_length"] != task.max_length,
+        "averaged weights": settings["average"]}
     if run["method"] != "full":
         source, own = str(settings["language_adapters"]), len(lacking) < len(scores)
         found["no language adapter" + (f" for {' '.join(lacking)}" if own else "s")] = bool(lacking)

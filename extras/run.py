@@ -36,6 +36,8 @@ def run_folder(settings) -> Path:
     kind += f"-{settings.train_examples}" if settings.train_examples else ""
     kind += f"-{settings.fisher_labels}" if settings.fisher_labels != "sampled" else ""
     kind += f"-{settings.first}" if settings.first else ""
+    kind += "-average" * settings.average
+    kind += "-no-language-adapters" * (settings.language_adapters == "none" and settings.method != "full")
     task = TASKS[settings.task]
     run = f"/{settings.language}" if task.trains_language else f"{kind}-{settings.method}-{settings.seed}"
     model, data = Path(settings.model), Path(settings.data or "")
@@ -129,8 +131,10 @@ class Run:
         for name in ("adapter", "head", "model", "predictions"):
             shutil.rmtree(self.out / name, ignore_errors=True)
         os.truncate(self.out / "log.jsonl", 0)
-        # beside these, from the first validation on: kept_step, validation (scores of the best), untrained
-        return {"step": 0, "losses": [], "averages": [], "seconds": 0, "best": None}
+        # kept: the best weights or, with --average, their mean over `count` validations (None: those at the
+        # start); beside these, from the first validation on: validation (scores of the best), untrained
+        return {"step": 0, "losses": [], "averages": [], "seconds": 0, "kept": None, "kept_step": None,
+                "count": 0}
 
     def finish(self, results: dict) -> None:
         """Write results.json, the last file of a run: it marks the run as finished."""
@@ -167,13 +171,13 @@ def restore_state(run: Run, learned: dict, optimizer, unfreezer) -> dict | None:
     device = next(iter(learned.values())).device
     size = sum(parameter.numel() * parameter.element_size() for parameter in learned.values())
     try:
-        saved = load_tensors(path, 5 * size + 2**24, device)  # weights, best weights, AdamW's two moments
+        saved = load_tensors(path, 5 * size + 2**24, device)  # weights, kept weights, AdamW's two moments
         if other := first_difference(saved["identity"], identity):
             raise UserError(f"{path} is of a run with {other}: give the same options and data, or pass "
                             "--overwrite to start anew")
         state = saved["state"]
         assert 0 < state["step"] <= identity["--steps"] and log.stat().st_size >= saved["log_bytes"]
-        put(saved["learned"] if state["best"] is None else state["best"], learned)  # both must fit
+        put(saved["learned"] if state["kept"] is None else state["kept"], learned)  # both must fit
         put(saved["learned"], learned)
         optimizer.load_state_dict(saved["optimizer"])
         assert all(value.shape in ((), parameter.shape) for parameter, moments in optimizer.state.items()
@@ -225,7 +229,8 @@ def introduce(settings, splits: dict, encoded: dict, blocks: int, stride: int, l
     tell(f"{settings.steps} steps of {settings.batch_size}, lr {settings.lr:g} {settings.decay}, k "
          f"{settings.k}, {blocks} blocks, {settings.max_length} tokens, seed {settings.seed}, {device}, "
          f"{settings.precision},")
-    tell(f"{len(splits['validation'])} validation examples every {stride} steps; test languages "
+    tested = " (tested is the mean of their weights)" if settings.average else ""
+    tell(f"{len(splits['validation'])} validation examples every {stride} steps{tested}; test languages "
          f"{' '.join(languages) or 'none'}")
     is_mixed = settings.language_adapters.startswith("auto,")
     own = [language + f" ({place})" * (is_mixed and not place.startswith("AdapterHub/"))

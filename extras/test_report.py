@@ -92,10 +92,62 @@ def test_full_stands_beside_every_kind_of_adapter_and_alone_by_itself(tmp_path, 
     assert unfreeze.main(["report", *map(str, sorted(tmp_path.iterdir()))]) == 0
     printed = capsys.readouterr().out
     heads = [table[""] for table in tables_of(printed)]
-    assert heads == [["standard", "full"], ["standard", "full"], ["gu", "full"], ["gu"]]
-    assert printed.count("m, lora") == 3 and printed.count("m, pfeiffer") == 1 and "none, " not in printed
+    assert heads == [["standard", "full"], ["standard, no language adapters", "gu", "full"], ["gu"]]
+    assert printed.count("m, lora") == 2 and printed.count("m, pfeiffer") == 1 and "none, " not in printed
     assert unfreeze.main(["report", str(tmp_path / "4")]) == 0
     assert "m, none, 2 languages" in capsys.readouterr().out
+
+
+def test_runs_without_language_adapters_have_columns_beside_those_above_some(tmp_path, capsys):
+    above = {"en": "en", "de": "de", "fr": "en", "ur": "en"}
+    scores = {("standard", 0): (80, 50, 40, 30), ("gu", 0): (80, 52, 42, 38), ("gu", 1): (80, 54, 45, 41)}
+    for (method, seed), of_run in scores.items():
+        for name, stacked, lost in (("above", above, 0), ("bare", {}, 12 if method == "gu" else 8)):
+            of_language = {key: {"accuracy": score - lost} for key, score in zip(above, of_run)}
+            write_run(tmp_path / f"{method}-{seed}-{name}", of_language, method=method, seed=seed,
+                      language_adapters=stacked)
+    write_run(tmp_path / "full", dict.fromkeys(above, {"accuracy": 90}), method="full", adapter="none")
+    rows = printed_table(sorted(tmp_path.iterdir()), capsys)
+    bare = ", no language adapters"
+    assert rows[""] == ["standard", "standard" + bare, "gu", "gu" + bare, "full"]
+    assert rows["seeds"] == ["1", "1", "2", "2", "1"]
+    assert rows["over standard"] == ["-", "-", "+4.0", "+0.0", "-"]  # with seed 0 alone, each over its kind's
+    assert rows["mean of unseen fr ur"] == ["35.0", "27.0", "41.5 ± 2.1", "29.5 ± 2.1", "90.0"]
+    bare = printed_table(tmp_path.glob("*bare"), capsys)
+    assert bare[""] == ["standard", "gu"] and not [name for name in bare if "unseen" in name]
+    alone = printed_table([*tmp_path.glob("*above"), tmp_path / "full"], capsys)
+    assert alone["over standard"] == ["-", "+4.0", "+50.0"]
+
+
+def test_a_language_without_an_adapter_is_reported_with_and_without_the_english_one(
+        assets, languages, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for choice in (languages, "none"):
+        assert unfreeze.main(command(assets, None, "--language-adapters", choice)) == 0
+    folders = [Path(f"runs/classify-model-data{name}-gu-0") for name in ("", "-no-language-adapters")]
+    capsys.readouterr()
+    rows = printed_table(folders, capsys)
+    assert rows[""] == ["gu", "gu, no language adapters"]
+    assert rows["mean of unseen zh-CN"] == rows["zh-CN"]
+
+
+def test_averaged_runs_have_columns_of_their_own_and_gain_over_averaged_standard_training(study, capsys):
+    gained = {"standard": 3, "gu": 1}  # by averaging
+    for folder in map(Path, study[:4]):
+        method = folder.name[:-2]
+        results = json.loads((folder / "results.json").read_text())
+        scores = {language: {"accuracy": score["accuracy"] + gained[method]}
+                  for language, score in results["scores"].items()}
+        write_run(folder.with_name(f"averaged-{folder.name}"), scores, method=method, seed=results["seed"],
+                  order=results["order"], settings={"average": True, "k": 5, "steps": 9})
+        shutil.copy(folder / "log.jsonl", folder.with_name(f"averaged-{folder.name}"))
+    plain = reported(capsys, *study[:4])
+    printed = reported(capsys, *study[:4], *Path(study[0]).parent.glob("averaged-*"))
+    [rows], correlated = tables_of(printed), [line for line in plain.splitlines() if "Spearman" in line]
+    assert rows[""] == ["standard", "standard, averaged", "gu", "gu, averaged"]
+    assert rows["mean of targets, accuracy"] == ["50.5 ± 0.7", "53.5 ± 0.7", "55.5 ± 2.1", "56.5 ± 2.1"]
+    assert rows["over standard"] == ["-", "-", "+5.0 ± 1.4", "+3.0 ± 1.4"]
+    assert len(correlated) == 1 and correlated[0] in printed.splitlines()  # not of averaged runs
 
 
 def test_report_gives_the_shape_of_the_curve_of_the_trace_averaged_over_seeds(tmp_path, capsys):
@@ -109,7 +161,7 @@ def test_report_gives_the_shape_of_the_curve_of_the_trace_averaged_over_seeds(tm
     runs = [tmp_path / "0", tmp_path / "1"]
     assert printed_table(runs, capsys)["tr(F) first, highest, last"] == ["3, 6 at 5, 2"]
     log = (tmp_path / "1" / "log.jsonl").read_text()
-    for trace in ("", ', "trace": [1, NaN]', ', "trace": [1]'):
+    for trace in ("", ', "trace": [1, NaN]', ', "trace": [1]', ', "trace": [1, 2]', ', "trace": [NaN, 1, 2]'):
         (tmp_path / "1" / "log.jsonl").write_text(
             log + '{"event": "fisher", "step": 30, "trainable": [1]%s}\n' % trace)
         assert unfreeze.main(["report", *map(str, runs)]) == 2
@@ -217,6 +269,7 @@ def test_report_sets_the_papers_figure_and_the_difference_beside_a_run_in_its_se
     ({"settings": {"lr": 1e-4, "k": 50}}, "lr 0.0001, k 50"),
     ({"settings": {"batch_size": 32}}, "batch size 32"),
     ({"settings": {"decay": "constant", "max_length": 64}}, "max length 64, decay constant"),
+    ({"settings": {"average": True}}, "averaged weights"),
 ])
 def test_report_names_what_differs_from_the_papers_setting_and_gives_no_difference(
         change, named, tmp_path, capsys):
@@ -225,7 +278,8 @@ def test_report_names_what_differs_from_the_papers_setting_and_gives_no_differen
     for runs in [run, *beside], [*beside, run]:  # one such run in a column is enough
         assert unfreeze.main(["report", *map(str, runs)]) == 0
         printed = capsys.readouterr().out
-        assert f"* gu: not the paper's setting, but {named}\n" in printed and "73.44±0.24 *" in printed
+        label = "gu, averaged" if named == "averaged weights" else "gu"
+        assert f"* {label}: not the paper's setting, but {named}\n" in printed and "73.44±0.24 *" in printed
         assert "difference" not in tables_of(printed)[0]
 
 
@@ -545,6 +599,22 @@ def test_plots_of_gains_name_the_weakest_language_first_with_intervals_over_seed
 
 
 @with_matplotlib
+def test_plots_of_each_block_have_the_mean_logarithm_over_seeds_and_the_openings(study, tmp_path):
+    standard, gu = drawn("e", study[:4]).child_axes
+    expected = {standard: [[99] * 3, [4, 8, 3]], gu: [[99] * 3, [63 ** 0.5, 8 ** 0.5, 1]]}  # 9*7, 2*4
+    for part, blocks in expected.items():
+        mesh, [openings] = part.collections[0], part.lines
+        assert mesh.get_array().tolist() == [pytest.approx(values) for values in blocks]
+        assert (mesh.norm.vmin, mesh.norm.vmax) == pytest.approx((1, 99))  # the same colours
+        assert {*zip(*map(tuple, openings.get_data()))} == {(0, 1), (5, 0)}
+    assert [part.get_title() for part in expected] == ["standard", "gu"]
+    zero = logged_run(tmp_path / "zero", "gu", 0, traces=(0, 2, 0))
+    [part] = drawn("e", [zero]).child_axes
+    mesh = part.collections[0]
+    assert mesh.norm(mesh.get_array()[1]).mask.tolist() == [True, False, True]  # 0 has no colour
+
+
+@with_matplotlib
 def test_plots_and_each_panel_alone_are_files_of_their_ending_with_the_same_bytes_each_time(
         study, tmp_path, capsys):
     def picture(name: str, *panel) -> bytes:
@@ -555,9 +625,9 @@ def test_plots_and_each_panel_alone_are_files_of_their_ending_with_the_same_byte
     for ending, start in {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}.items():
         one, two = (picture(f"{name}.{ending}") for name in ("one", "two"))
         assert one == two and one.startswith(start)
-    pictures = {one, *(picture(f"{panel}.svg", "--panel", panel) for panel in "abcd")}
-    assert len(pictures) == 5
-    assert "--panel" in refused(capsys, *study, "--panel", "e", "--plot", tmp_path / "e.png")
+    pictures = {one, *(picture(f"{panel}.svg", "--panel", panel) for panel in "abcde")}
+    assert len(pictures) == 6
+    assert "--panel" in refused(capsys, *study, "--panel", "f", "--plot", tmp_path / "f.png")
     os.mkfifo(tmp_path / "pipe.png")
     assert "there is something that is no file" in refused(capsys, *study, "--plot", tmp_path / "pipe.png")
     assert "name a .png, .pdf or .svg" in refused(capsys, *study, "--plot", tmp_path / "LICENSE")
@@ -569,6 +639,7 @@ def test_plots_take_any_name_of_a_language_or_folder_and_a_trace_of_zeros(tmp_pa
     scores = {"en": {"accuracy": 80}, "$x_{$": {"accuracy": 40}, "de": {"accuracy": 40}}
     for method in ("gu", "standard"):
         write_run(tmp_path / method, scores, method=method, model="a$_{$")  # as a formula, an error
-    reported(capsys, tmp_path / "gu", tmp_path / "standard", "--plot", tmp_path / "strange.png")
+    for panel in ([], ["--panel", "e"]):
+        reported(capsys, tmp_path / "gu", tmp_path / "standard", "--plot", tmp_path / "strange.png", *panel)
     flat = logged_run(tmp_path / "flat", "gu", 0, traces=(0, 0, 0))
     reported(capsys, flat, "--plot", tmp_path / "flat.png", "--panel", "a")

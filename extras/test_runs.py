@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tasks
 import unfreeze
@@ -327,6 +328,49 @@ def test_validation_comes_as_often_as_asked_for_and_selects(every, steps, assets
     assert found[results["kept_step"]] == results["validation"]["accuracy"] == max(found.values())
 
 
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    """All that a run has trained, in float64."""
+    files = [*out.glob("*/*.bin"), *out.glob("model/*.safetensors")]
+    found = [torch.load(path) if path.suffix == ".bin" else load_file(path) for path in files]
+    return {name: value.double() for weights in found for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("options", ["--method gu", "--method rev --adapter lora", "--method full"])
+def test_averaging_tests_the_mean_of_the_weights_at_the_validations(options, assets, tmp_path):
+    shutil.copytree(assets / "data", tmp_path / "data")
+    shutil.copy(tmp_path / "data/validation.en.jsonl", tmp_path / "data/test.de.jsonl")
+    shared = [*options.split(), "--decay", "constant", "--data", tmp_path / "data"]  # the steps do not count
+    found = {}
+    for name, more in {"4": "--steps 4 --eval-every 100", "8": "--steps 8 --eval-every 100",
+                       "9": "--eval-every 100", "last": "--eval-every 100 --average",
+                       "best": "--eval-every 4", "mean": "--eval-every 4 --average"}.items():
+        assert unfreeze.main(command(assets, tmp_path / name, *shared, *more.split())) == 0
+        found[name] = weights_of(tmp_path / name)
+    for name, value in found["mean"].items():
+        snapshots = torch.stack([found[steps][name] for steps in "489"])
+        torch.testing.assert_close(value, snapshots.mean(0), rtol=1e-6, atol=1e-7)
+        assert torch.equal(found["last"][name], snapshots[-1])  # the mean of a single one
+    assert all(any(not torch.equal(found["mean"][name], found[steps][name]) for name in found["mean"])
+               for steps in ("4", "8", "9", "best"))
+    best, mean = results_of(tmp_path / "best"), results_of(tmp_path / "mean")
+    assert mean["settings"]["average"] and mean["kept_step"] is None
+    assert mean["untrained"] == best["untrained"]
+    assert mean["validation"] == mean["scores"]["de"]  # the same rows
+    for kind in ("train", "open", "fisher"):  # training is the same
+        assert events_of(tmp_path / "mean", kind) == events_of(tmp_path / "best", kind)
+    assert validations_of(tmp_path / "mean") == validations_of(tmp_path / "best")
+
+
+def test_a_stopped_run_with_averaging_goes_on_to_the_same_bits(assets, tmp_path, monkeypatch):
+    options = ["--eval-every", 2, "--save-every", 3, "--average"]
+    assert unfreeze.main(command(assets, tmp_path / "whole", *options)) == 0
+    for status in (130, 130, 0):  # from the checkpoints after 3 and 6 steps to the end
+        with monkeypatch.context() as patch:
+            cut_off(patch, [4])
+            assert unfreeze.main(command(assets, tmp_path / "run", *options)) == status
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
 def test_no_steps_test_the_untrained_model(assets, tmp_path):
     data = write_task(tmp_path / "data", "xquad")
     assert unfreeze.main(task_command("xquad", assets, data, tmp_path / "run", "--steps", 0)) == 0
@@ -365,6 +409,7 @@ def test_a_run_is_called_after_its_data_where_the_task_has_none_of_its_own():
     assert name("classify", "--model", "m", "--data", "some/where/") == "runs/classify-m-where-gu-0"
     assert name("classify", "--model", "demo/model", "--data", "demo/data") == "runs/demo-gu-0"
     assert name("xnli", "--data", "some/where") == "runs/xnli-xlm-roberta-base-gu-0"
+    assert name("xnli", "--average") == "runs/xnli-xlm-roberta-base-average-gu-0"
     assert name("mlm", "--language", "th", "--data", "x") == "runs/mlm-xlm-roberta-base/th"
 
 
