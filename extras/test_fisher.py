@@ -472,7 +472,7 @@ def test_several_labels_and_regression_measure_what_a_loop_over_single_examples_
     z = model(**without(inputs, "labels")).logits
     generator, p = torch.Generator().manual_seed(5), z.detach().sigmoid()
     if kind == "gaussian":
-        noise = in_halves(lambda rows: torch.randn(rows.shape, generator=generator, dtype=z.dtype), z.detach())
+        noise = in_halves(lambda rows: torch.randn(rows.shape, generator=generator).double(), z.detach())
         y = {"sampled": z.detach() + noise, "exact": None, "gold": inputs["labels"]}[labels]
     else:
         both = torch.stack([1 - p, p], 2)
