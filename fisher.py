@@ -203,7 +203,7 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
             examples, first = examples + size, first or size
             if logits.requires_grad:
                 used.update(*(owners[module].values() for module in calls))
-            for y in _labels(tape, logits, _given(tape, logits, batch)):
+            for y in _terms(tape, logits, _given(tape, logits, batch)):
                 for parameter, gradient in _gradients(tape, logits, y, calls):
                     used.add(parameter)
                     if labels == "official":  # the batch as one example [1, B T, H]: its mean gradient
@@ -253,6 +253,8 @@ def _logits(tape: SimpleNamespace, batch: dict, output) -> torch.Tensor:
                          f"'bernoulli' or 'gaussian', not {list(logits.shape)} with {family!r}")
     if not logits.is_meta and not (logits.max(-1).values if is_classes else logits).isfinite().all():
         raise ValueError("the model's logits are not finite: the Fisher information is undefined")
+    if family == "gaussian" and tape.labels in ("argmax", "official"):
+        raise ValueError(f"labels={tape.labels!r}: a Gaussian is likeliest at its mean, where the gradient is zero")
     tape.head = "spans" if is_span else "tokens" if logits.ndim == 3 else family
     if family == "bernoulli":  # sigmoid(z) is in the softmax of (0, z)
         return torch.stack([torch.zeros_like(logits), logits], 2)
@@ -261,12 +263,11 @@ def _logits(tape: SimpleNamespace, batch: dict, output) -> torch.Tensor:
 
 def _family(model: nn.Module, logits: torch.Tensor) -> str:
     """That of the model's own loss, for which positions and choices are classes whatever the config says."""
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    config = getattr(model, "config", None)
     if logits.ndim != 2 or "MultipleChoice" in type(model).__name__:
         return "classes"
-    if problem is None and logits.shape[1] == 1 == getattr(getattr(model, "config", None), "num_labels", None):
-        return "gaussian"
-    return FAMILIES.get(problem, "classes")
+    is_one = logits.shape[1] == 1 == getattr(config, "num_labels", None)
+    return FAMILIES.get(getattr(config, "problem_type", None), "gaussian" if is_one else "classes")
 
 
 def _given(tape: SimpleNamespace, logits: torch.Tensor, batch: dict) -> torch.Tensor:
@@ -315,54 +316,44 @@ def _pieces(*tensors: torch.Tensor) -> Iterable[tuple]:
     return zip(*(tensor.split(few, 1) for tensor in tensors))
 
 
-def _labels(tape: SimpleNamespace, logits: torch.Tensor, given: torch.Tensor) -> Iterator[torch.Tensor]:
-    """y [B, T] of each term of the expectation in Eq. 1; -100 where none counts."""
-    z, (_, positions, classes) = logits.detach(), logits.shape
-    if tape.labels == "gold":
-        yield given
-    elif tape.labels != "exact":
-        for _ in range(tape.draws):
-            y = torch.cat([_chosen(tape, piece) for piece, in _pieces(z)], 1)
-            yield torch.where(given == -100, -100, y)
-    elif tape.head == "tokens" and positions * classes > PASSES:
+def _terms(tape: SimpleNamespace, logits: torch.Tensor, given: torch.Tensor) -> Iterator[torch.Tensor]:
+    """For each term of the expectation over y in Eq. 1 the labels [B, T], or which of them are to be chosen."""
+    _, positions, classes = logits.shape
+    if tape.labels != "exact":
+        yield from [given] * tape.draws
+        return
+    if tape.head == "tokens" and positions * classes > PASSES:
         raise ValueError(f"labels='exact' would take {positions} x {classes} backward passes, over {PASSES}: "
                          "choose 'sampled', with many `draws`")
-    else:
-        for t, c in product(range(positions), range(classes)):  # one label: the others' gradients have mean zero
-            y = z[..., 0].clone() if tape.head == "gaussian" else torch.full_like(given, -100)
-            y[:, t] = y[:, t] + 1 if tape.head == "gaussian" else torch.where(given[:, t] == -100, -100, c)
-            yield y
+    for t, c in product(range(positions), range(classes)):  # grad log p has mean zero: labels' squares add up
+        y = torch.full_like(given, -100)
+        y[:, t] = torch.where(given[:, t] == -100, -100, c)
+        yield y
 
 
-def _chosen(tape: SimpleNamespace, z: torch.Tensor) -> torch.Tensor:
-    """[B, T]"""
-    if tape.head == "gaussian":
-        if tape.labels != "sampled":
-            raise ValueError(f"labels={tape.labels!r}: at its likeliest value a Gaussian has no gradient")
-        noise = torch.randn(z.shape[:2], generator=tape.generator, device=tape.generator.device)
-        return z[..., 0] + noise.to(z.device)
-    log_p = z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1)
-    if tape.labels != "sampled" or z.is_meta:
-        return log_p.argmax(-1)
-    p = log_p.exp().to(tape.generator.device).flatten(0, 1)
-    return torch.multinomial(p, 1, generator=tape.generator).to(z.device).view(z.shape[:2])  # Eq. 1: y ~ p(y|x)
+def _score(tape: SimpleNamespace, logits: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """d log p(y|x) / d logits [B, T, C], made by pieces: it is all that is as large as the logits.
 
-
-def _score(tape: SimpleNamespace, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """d log p(y|x) / d logits [B, T, C], in pieces: with the logits it is all that is as large.
-
-    For "exact" times sqrt(p), held constant, for the squared gradient p ||grad log p||^2; of a Gaussian, whose
-    y is one standard deviation off, times 1."""
+    For "exact" times sqrt(p), held constant, for the squared gradient p ||grad log p||^2; a Gaussian's is 1."""
     score, last = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device), logits.shape[2] - 1
-    for z, of_z, chosen in _pieces(logits.detach(), score, y):
-        x = z.requires_grad_().to(torch.promote_types(z.dtype, torch.float32))
+    labels, generator = tape.labels, tape.generator
+    for z, of_z, y in _pieces(logits.detach(), score, given):
+        x, counts = z.requires_grad_().to(torch.promote_types(z.dtype, torch.float32)), y != -100
         if tape.head == "gaussian":
-            log_p = -(chosen - x[..., 0]).square() / 2
+            if labels != "gold":
+                noise = torch.randn(y.shape, generator=generator, device=generator.device).to(z.device)
+                y = x[..., 0].detach() + (noise if labels == "sampled" else counts)
+            log_p = -(y - x[..., 0]).square() / 2
         else:
-            log_p = x.log_softmax(-1).gather(2, chosen.clamp(0, last)[..., None])[..., 0]
-            weight = log_p.detach().exp().sqrt() if tape.labels == "exact" else 1
-            is_class = (chosen >= 0) & (chosen <= last)  # the loss ignores other gold labels
-            log_p = torch.where(is_class, log_p * weight, 0)
+            log_p = x.log_softmax(-1)
+            if labels == "sampled" and not z.is_meta:
+                p = log_p.detach().exp().to(generator.device).flatten(0, 1)
+                y = torch.multinomial(p, 1, generator=generator).to(z.device).view(y.shape)  # Eq. 1: y ~ p(y|x)
+            elif labels not in ("gold", "exact"):
+                y = log_p.argmax(-1)
+            log_p = log_p.gather(2, y.clamp(0, last)[..., None])[..., 0]
+            weight = log_p.detach().exp().sqrt() if labels == "exact" else 1
+            log_p = torch.where(counts & (y >= 0) & (y <= last), log_p * weight, 0)
         of_z.copy_(torch.autograd.grad(log_p.sum(), z)[0])
     return score
 
