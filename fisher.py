@@ -15,6 +15,7 @@ weight gradient is formed, and `requires_grad` plays no part: frozen blocks are 
 LayerNorm, Embedding and LoRA (y = s B A x is two such layers) work alike; any other parameter takes a pass
 backward per example, and so does one whose layer does not see [B, ...] (for multiple choice [B * C, ...]) or
 that is used outside its layer: a second forward pass, of one example of the batch alone, tells which.
+Heads: classes, spans, labels of positions (tags, language models), several labels at once, regression.
 labels="official" is what the paper's code computes instead (see `fisher_trace`).
 """
 
@@ -46,21 +47,27 @@ def fisher_trace(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modu
                  family: str | None = None) -> torch.Tensor:
     """tr(F) of each block: the mean over examples of || grad log p(y|x) ||^2, as float64 [len(blocks)].
 
-    labels: "sampled" draws one y per example from the model's own output (equation 1) with `generator` (None:
-    a fresh one with seed 0); "exact" takes the expectation over all C classes, in C backward passes; "argmax"
-    the likeliest class; "gold" the batch's own labels (the empirical Fisher). "official" is the official
-    repository's estimator: the sum over batches of || grad m ||^2 / B, where B is the first batch's size and
-    m the mean of log p over the rows of logits of a batch, each with its likeliest class; of spans, start and
-    end logits are rows of one mean, with padding among the classes. It is the paper's if fed as there: 41
-    batches of a shuffled loader, padded to 384 for spans.
-    The model runs in eval mode and returns logits [B, C], `.logits` [B, C], or `.start_logits` and
-    `.end_logits` [B, T] with log p = log p_start + log p_end over the positions where `attention_mask` ([B, T] or [B, 1, 1, T]) is not
-    0; "official" takes all positions.
+    labels: "sampled" draws y from the model's own output (equation 1) with `generator` (None: a fresh one
+    with seed 0), `draws` times from one forward pass; "exact" takes the expectation, in a backward pass for
+    each of C classes (T C for positions, at most 4,096); "argmax" the likeliest y; "gold" the batch's own
+    labels (the empirical Fisher). "official" is the official repository's estimator: the sum over batches of
+    || grad m ||^2 / B, where B is the first batch's size and m the mean of log p over all rows of logits of a
+    batch, each with its likeliest y, padding and all. It is the paper's if fed as there: 41 batches of a
+    shuffled loader, padded to 384 for spans.
+    The model runs in eval mode and returns logits or `.logits`, [B, C] of one label, or [B, T, C] of a label
+    of each position, drawn independently: log p is the sum over the positions where `labels` [B, T] are not
+    -100, or, without labels, `attention_mask` (an encoder-decoder's `decoder_attention_mask`) is not 0; with
+    none of them the gradient is 0. A causal model's (by the name of its class, as GPT2LMHeadModel, or of a
+    base; or in a model of peft) logits t are of token t + 1. Or it returns `.start_logits` and `.end_logits`
+    [B, T]: log p is the sum of both over the tokens of `attention_mask` ([B, T] or [B, 1, 1, T]).
+    family: "classes"; "bernoulli", C independent labels, logits [B, C]; "gaussian", C values of mean `logits`
+    and variance 1, which have no likeliest y; None: by `problem_type` and `num_labels` of the model's config.
+    Beside logits of a large vocabulary, one gradient like them is held, and 64 MiB a few times.
     Parameters, `.grad`, `requires_grad`, modes, hooks and the global random state are left as they were, also
     after an exception. `torch.no_grad()` and `torch.inference_mode()` around the call make no difference.
-    Raises ValueError for unknown labels, no batches, a block without parameters or that the model does not
-    call, an output without logits of two classes or more, missing gold labels, logits that are not finite,
-    and a model in which one example of a batch changes the output of another.
+    Raises ValueError for arguments and labels that do not fit, no batches, a block without parameters or that
+    the model does not call, logits of no such kind or that are not finite, and a model in which one example
+    of a batch changes the output of another.
     """
     def trace(parameter: nn.Parameter, gradient: Factors) -> torch.Tensor:
         return gradient.squared_norms().sum().double()  # Eq. 1: || grad log p(y|x) ||^2
@@ -231,8 +238,8 @@ def _forward(tape: SimpleNamespace, inputs: dict) -> tuple[torch.Tensor, dict]:
 
 
 def _logits(tape: SimpleNamespace, batch: dict, output) -> torch.Tensor:
-    """[B, T, C] of T independent labels: of positions, or one; a start and an end; C = 2 of a Bernoulli's, and
-    of a Gaussian's the mean, C = 1."""
+    """[B, T, C] of T independent labels: of positions, or one, or a start and an end; C = 2 of a Bernoulli, and
+    C = 1 of a Gaussian, its mean."""
     name, mask = type(tape.model).__name__, batch.get("attention_mask")
     if type(output) is tuple:
         raise ValueError(f"{name} returned a tuple: set `model.config.return_dict = True`, or return logits")
@@ -254,7 +261,7 @@ def _logits(tape: SimpleNamespace, batch: dict, output) -> torch.Tensor:
     if not logits.is_meta and not (logits.max(-1).values if is_classes else logits).isfinite().all():
         raise ValueError("the model's logits are not finite: the Fisher information is undefined")
     if family == "gaussian" and tape.labels in ("argmax", "official"):
-        raise ValueError(f"labels={tape.labels!r}: a Gaussian is likeliest at its mean, where the gradient is zero")
+        raise ValueError(f"labels={tape.labels!r}: where a Gaussian is likeliest, its gradient is zero")
     tape.head = "spans" if is_span else "tokens" if logits.ndim == 3 else family
     if family == "bernoulli":  # sigmoid(z) is in the softmax of (0, z)
         return torch.stack([torch.zeros_like(logits), logits], 2)
@@ -271,7 +278,7 @@ def _family(model: nn.Module, logits: torch.Tensor) -> str:
 
 
 def _given(tape: SimpleNamespace, logits: torch.Tensor, batch: dict) -> torch.Tensor:
-    """The batch's labels [B, T], or 0 where only that counts which there are; -100 where one does not count."""
+    """The batch's labels [B, T], or 0 if it is only known which of them count; those that do not are -100."""
     names, is_gold = TARGETS[1:] if tape.head == "spans" else TARGETS[:1], tape.labels == "gold"
     if is_gold and not batch.keys() >= {*names}:
         raise ValueError(f"labels='gold' needs {' and '.join(map(repr, names))} in every batch")
@@ -286,8 +293,8 @@ def _given(tape: SimpleNamespace, logits: torch.Tensor, batch: dict) -> torch.Te
     is_fit = y.isfinite() if tape.head == "gaussian" else (y == y.long()) & (
         (tape.head == "spans") | (y == -100) | (y >= 0) & (y < logits.shape[2]))
     if y.shape != logits.shape[:2] or not is_fit.all():
-        what = "finite" if tape.head == "gaussian" else f"whole numbers from 0 to {logits.shape[2] - 1} or -100"
-        raise ValueError(f"{' and '.join(map(repr, names))} must be {what}, of shape {list(logits.shape[:2])}, "
+        what = "finite" if tape.head == "gaussian" else f"whole numbers below {logits.shape[2]}, or -100,"
+        raise ValueError(f"{' and '.join(map(repr, names))} must be {what} of shape {list(logits.shape[:2])}, "
                          f"not {str(y.dtype)[6:]} of {list(y.shape)}")
     if tape.head == "tokens" and _predicts_next(tape.model, batch):
         y = pad(y[:, 1:], (0, 1), value=-100)
@@ -295,7 +302,7 @@ def _given(tape: SimpleNamespace, logits: torch.Tensor, batch: dict) -> torch.Te
 
 
 def _predicts_next(model: nn.Module, batch: dict) -> bool:
-    """Whether logits t are of token t + 1: by the name of the model's class, or of one that it inherits from."""
+    """Whether logits t are of token t + 1: by the name of the model's class, or of a base of it."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         if "decoder_input_ids" not in batch:  # some models would take input_ids for them
             raise ValueError("an encoder-decoder needs 'decoder_input_ids' in every batch: it sees no labels")
@@ -304,8 +311,8 @@ def _predicts_next(model: nn.Module, batch: dict) -> bool:
     causal = [module for module in model.modules()
               if any(CAUSAL.search(kind.__name__) for kind in type(module).__mro__)]
     if causal and causal[0] is not model:
-        raise ValueError(f"{type(model).__name__} holds a {type(causal[0]).__name__}, and may shift its logits "
-                         "or not: measure the inner model")
+        raise ValueError(f"{type(model).__name__} holds a {type(causal[0]).__name__}: whether its logits are of "
+                         "the next token is not known; measure the inner model")
     return bool(causal)
 
 
@@ -317,7 +324,7 @@ def _pieces(*tensors: torch.Tensor) -> Iterable[tuple]:
 
 
 def _terms(tape: SimpleNamespace, logits: torch.Tensor, given: torch.Tensor) -> Iterator[torch.Tensor]:
-    """For each term of the expectation over y in Eq. 1 the labels [B, T], or which of them are to be chosen."""
+    """For each term of the expectation in Eq. 1 the labels [B, T], or which of them are to be chosen."""
     _, positions, classes = logits.shape
     if tape.labels != "exact":
         yield from [given] * tape.draws
@@ -334,7 +341,7 @@ def _terms(tape: SimpleNamespace, logits: torch.Tensor, given: torch.Tensor) -> 
 def _score(tape: SimpleNamespace, logits: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     """d log p(y|x) / d logits [B, T, C], made by pieces: it is all that is as large as the logits.
 
-    For "exact" times sqrt(p), held constant, for the squared gradient p ||grad log p||^2; a Gaussian's is 1."""
+    For "exact" times sqrt(p), held constant, to have the square p ||grad log p||^2; a Gaussian's is 1."""
     score, last = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device), logits.shape[2] - 1
     labels, generator = tape.labels, tape.generator
     for z, of_z, y in _pieces(logits.detach(), score, given):
@@ -348,7 +355,7 @@ def _score(tape: SimpleNamespace, logits: torch.Tensor, given: torch.Tensor) -> 
             log_p = x.log_softmax(-1)
             if labels == "sampled" and not z.is_meta:
                 p = log_p.detach().exp().to(generator.device).flatten(0, 1)
-                y = torch.multinomial(p, 1, generator=generator).to(z.device).view(y.shape)  # Eq. 1: y ~ p(y|x)
+                y = torch.multinomial(p, 1, generator=generator).view(y.shape).to(z.device)  # Eq. 1: y ~ p
             elif labels not in ("gold", "exact"):
                 y = log_p.argmax(-1)
             log_p = log_p.gather(2, y.clamp(0, last)[..., None])[..., 0]

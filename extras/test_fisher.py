@@ -583,12 +583,55 @@ def test_impossible_measurements_are_refused():
                           (lambda: fisher_trace(model, [batch()], [nn.Linear(2, 2)]), "no block is part of"),
                           (lambda: fisher_trace(unused, [batch()], [unused.spare]), "no block took part"),
                           (lambda: fisher_trace(model, [unlabelled], blocks, "gold"), "'gold' needs 'lab"),
-                          (lambda: fisher_trace(tagger, [batch()], [tagger.classifier]), r"must be \[B, C\]"),
+                          (lambda: fisher_trace(tagger, [batch()], [tagger.classifier]), r"'labels' must be whole numbers below 3, or -100, of shape \[5, 7\], not int64 of \[5, 1\]"),
                           (lambda: fisher_trace(model, [batch()], blocks, "golden"), "labels must be one of"),
                           (lambda: fisher_trace(broken, [batch()], [broken.classifier.dense]), "not finite"),
                           (lambda: fisher_trace(model.roberta, [batch()], blocks), "no `logits`")]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)
+
+
+@pytest.mark.filterwarnings("ignore:parameters in")
+def test_what_does_not_fit_a_head_is_refused():
+    plain, tokens = nn.Linear(4, 3), tags()
+    rows = {"input": torch.randn(4, 4)}
+    (tagging, _), causal = tagger(), language_model("GPT2LMHeadModel")
+    bart = language_model("BartForConditionalGeneration")
+    several = tiny_model(problem_type="multi_label_classification")
+    one = tiny_model(num_labels=1)
+    spans = tiny_model(head="QuestionAnswering")
+    for model, inputs, options, message in [
+            (plain, rows, {"family": "normal"}, "family must be None or one of classes, bernoulli, gaussian"),
+            *((plain, rows, {"draws": draws}, "draws must be a whole number from 1") for draws in (0, 2.0, True)),
+            *((plain, rows, {"draws": 2, "labels": labels}, "and 1 unless labels='sampled'")
+              for labels in ("exact", "gold", "argmax", "official")),
+            (nn.Linear(4, 1), rows, {}, "family='bernoulli' or 'gaussian', not \\[4, 1\\] with 'classes'"),
+            (plain, {"input": torch.randn(2, 2, 2, 4)}, {}, r"must be \[B, C\] or \[B, T, C\]"),
+            (tagging, tokens, {"family": "bernoulli"}, "not .4, 5, 3. with 'bernoulli'"),
+            (spans, without(tokens, "labels"), {"family": "gaussian"}, "not .4, 2, 5. with 'gaussian'"),
+            (tagging, tags(labels=torch.full((4, 5), 3)), {}, "'labels' must be whole numbers below 3, or -100"),
+            (tagging, tags(labels=torch.rand(4, 5)), {}, "'labels' must be whole numbers"),
+            (tagging, tags(labels=torch.tensor(1)), {}, "not int64 of .1, 1."),
+            (plain, rows | {"labels": torch.tensor([0, 1, 2, -1])}, {"labels": "gold"}, "whole numbers below 3"),
+            (several, tags(labels=torch.full((4, 3), 2.0)), {"labels": "gold"}, "whole numbers below 2, or -100"),
+            (several, tags(labels=torch.zeros(4)), {"labels": "gold"}, "of shape .4, 3., not float32 of .4, 1."),
+            (one, tags(labels=torch.full((4,), torch.nan)), {"labels": "gold"}, "'labels' must be finite"),
+            *((one, tokens, {"labels": labels}, "where a Gaussian is likeliest") for labels in ("argmax", "official")),
+            (causal, tokens, {"labels": "exact"}, "would take 5 x 24 backward passes, over 100: choose 'sampled'"),
+            (bart, tokens, {}, "an encoder-decoder needs 'decoder_input_ids'"),
+            (Wrapper(causal), tokens, {}, "Wrapper holds a GPT2LMHeadModel: whether its logits")]:
+        with pytest.raises(ValueError, match=message), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fisher, "PASSES", 100)
+            fisher_trace(model, [inputs], [model], **options)
 
 
 class Mixing(nn.Module):
@@ -609,7 +652,7 @@ def test_what_has_no_fisher_information_of_single_examples_is_refused():
     detached.register_forward_hook(lambda _, inputs, output: output.detach())
     counted, single = nn.Embedding(9, 3, scale_grad_by_freq=True), Mixing(lambda x: torch.eye(5) @ x)
     regression, x = nn.Linear(4, 1), torch.randn(5, 4)
-    tuples, several = tiny_model(), tiny_model(problem_type="multi_label_classification")
+    tuples = tiny_model()
     tuples.config.return_dict = False
     half_used = nn.Sequential(nn.Linear(4, 3))
     half_used.spare = nn.Linear(2, 2)
@@ -621,7 +664,6 @@ def test_what_has_no_fisher_information_of_single_examples_is_refused():
             (single, {"x": x}, [single.out], "does not run on one example alone"),
             (counted, {"input": torch.arange(5)}, [counted], "scale_grad_by_freq"),
             (regression, {"input": x}, [regression], "of two classes|two classes or more"),
-            (several, batch(), [several.classifier], "made for multi_label_classification"),
             (tuples, batch(), [tuples.classifier], "returned a tuple: set `model.config.return_dict = True`"),
             (half_used, {"input": x}, [half_used[0], half_used.spare], r"every block \(not 1\) took part")]:
         inputs = {key: value for key, value in inputs.items() if key != "labels"}
