@@ -151,7 +151,7 @@ Factors = Sum | Products | Rows
 
 
 def _chunks(size: int, *tensors: torch.Tensor) -> Iterable[tuple]:
-    """The tensors in groups of examples, of which `size` elements each fit into CHUNK."""
+    """The tensors in groups of examples, or of positions, of which `size` elements each fit into CHUNK."""
     return zip(*(tensor.split(max(1, CHUNK // max(1, size))) for tensor in tensors))
 
 
@@ -238,8 +238,8 @@ def _forward(tape: SimpleNamespace, inputs: dict) -> tuple[torch.Tensor, dict]:
 
 
 def _logits(tape: SimpleNamespace, batch: dict, output) -> torch.Tensor:
-    """[B, T, C] of T independent labels: of positions, or one, or a start and an end; C = 2 of a Bernoulli, and
-    C = 1 of a Gaussian, its mean."""
+    """[B, T, C] of T independent labels: of positions, or one, or a start and an end; C = 2 of a Bernoulli,
+    and C = 1 of a Gaussian, its mean."""
     name, mask = type(tape.model).__name__, batch.get("attention_mask")
     if type(output) is tuple:
         raise ValueError(f"{name} returned a tuple: set `model.config.return_dict = True`, or return logits")
@@ -294,8 +294,8 @@ def _given(tape: SimpleNamespace, logits: torch.Tensor, batch: dict) -> torch.Te
         (tape.head == "spans") | (y == -100) | (y >= 0) & (y < logits.shape[2]))
     if y.shape != logits.shape[:2] or not is_fit.all():
         what = "finite" if tape.head == "gaussian" else f"whole numbers below {logits.shape[2]}, or -100,"
-        raise ValueError(f"{' and '.join(map(repr, names))} must be {what} of shape {list(logits.shape[:2])}, "
-                         f"not {str(y.dtype)[6:]} of {list(y.shape)}")
+        raise ValueError(f"{' and '.join(map(repr, names))} must be {what} of shape {list(logits.shape[:2])},"
+                         f" not {str(y.dtype)[6:]} of {list(y.shape)}")
     if tape.head == "tokens" and _predicts_next(tape.model, batch):
         y = pad(y[:, 1:], (0, 1), value=-100)
     return y if tape.head == "gaussian" else y.long()
@@ -311,16 +311,9 @@ def _predicts_next(model: nn.Module, batch: dict) -> bool:
     causal = [module for module in model.modules()
               if any(CAUSAL.search(kind.__name__) for kind in type(module).__mro__)]
     if causal and causal[0] is not model:
-        raise ValueError(f"{type(model).__name__} holds a {type(causal[0]).__name__}: whether its logits are of "
-                         "the next token is not known; measure the inner model")
+        raise ValueError(f"{type(model).__name__} holds a {type(causal[0]).__name__}: whether its logits are "
+                         "of the next token is not known; measure the inner model")
     return bool(causal)
-
-
-def _pieces(*tensors: torch.Tensor) -> Iterable[tuple]:
-    """[B, T, C] and [B, T] by a few positions; start and end apart, as they are drawn one after the other."""
-    size, positions, classes = tensors[0].shape
-    few = min(-(-positions // 2), max(1, CHUNK // (4 * size * classes)))
-    return zip(*(tensor.split(few, 1) for tensor in tensors))
 
 
 def _terms(tape: SimpleNamespace, logits: torch.Tensor, given: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -342,9 +335,11 @@ def _score(tape: SimpleNamespace, logits: torch.Tensor, given: torch.Tensor) -> 
     """d log p(y|x) / d logits [B, T, C], made by pieces: it is all that is as large as the logits.
 
     For "exact" times sqrt(p), held constant, to have the square p ||grad log p||^2; a Gaussian's is 1."""
-    score, last = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device), logits.shape[2] - 1
-    labels, generator = tape.labels, tape.generator
-    for z, of_z, y in _pieces(logits.detach(), score, given):
+    score = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    by_position = (tensor.transpose(0, 1) for tensor in (logits.detach(), score, given))  # [T, B, ...]
+    size = CHUNK if tape.head == "spans" else 4 * logits[:, 0].numel()  # start and end are drawn apart
+    labels, generator, last = tape.labels, tape.generator, logits.shape[2] - 1
+    for z, of_z, y in _chunks(size, *by_position):
         x, counts = z.requires_grad_().to(torch.promote_types(z.dtype, torch.float32)), y != -100
         if tape.head == "gaussian":
             if labels != "gold":
@@ -369,13 +364,10 @@ def _gradients(tape: SimpleNamespace, logits: torch.Tensor, y: torch.Tensor, cal
     """(parameter, its gradients of log p(y|x) for each example), from one backward pass to the outputs."""
     if not logits.requires_grad:
         return
-    score, keep_graph = _score(tape, logits, y), tape.labels == "exact" or tape.draws > 1
-    edges = [edge for recorded in calls.values() for *_, edge in recorded]
-    keep_graph = keep_graph or bool(tape.slow)
-    by_edge = {}
-    if edges:
-        found = torch.autograd.grad(logits, edges, score, retain_graph=keep_graph, allow_unused=True)
-        by_edge = dict(zip(edges, found))
+    score, edges = _score(tape, logits, y), [edge for recorded in calls.values() for *_, edge in recorded]
+    is_last = tape.labels != "exact" and tape.draws == 1 and not tape.slow
+    by_edge = edges and dict(zip(edges, torch.autograd.grad(
+        logits, edges, score, retain_graph=not is_last, allow_unused=True)))
     factors: dict[nn.Parameter, list[tuple]] = {}
     with torch.no_grad():
         for module, recorded in calls.items():
@@ -553,8 +545,9 @@ def _unfit(tape: SimpleNamespace, inputs: dict, logits: torch.Tensor, calls: dic
         pairs += _gradients_by_weight(logits, calls, {module for module, *_ in pairs})
     if logits.is_meta:
         return unfit - tape.slow
+    both = _chunks(4 * logits.shape[2], logits[i].detach(), lone_logits[0].detach())
     outputs = ((None, *(pad(z, (0, 1), value=1) if tape.head == "gaussian" else z.float().softmax(-1)
-                        for z in both)) for both in _pieces(logits[i : i + 1].detach(), lone_logits.detach()))
+                        for z in pair)) for pair in both)
     distances = [(module, torch.dist(one.float(), two.float()) / two.float().norm().clamp(min=1e-30))
                  for module, one, two in chain(pairs, outputs)]
     are_equal = (torch.stack([distance for _, distance in distances]) <= _tolerance(tape.model)).tolist()

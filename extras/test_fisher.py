@@ -371,10 +371,9 @@ def tokens_of(model: nn.Module, inputs: dict, shift: int) -> tuple[torch.Tensor,
     return log_p, places, [[row[t + shift] for t in of] for row, of in zip(told, places)]
 
 
-def in_halves(draw, rows: torch.Tensor) -> torch.Tensor:
-    """draw([B n, C]) for the first half of the positions of [B, T, C], then for the second: [B, T]."""
-    halves = rows.split(-(-rows.shape[1] // 2), 1)
-    return torch.cat([draw(half.flatten(0, 1)).view(half.shape[:2]) for half in halves], 1)
+def by_position(draw, rows: torch.Tensor) -> torch.Tensor:
+    """draw([T B, C]) for all rows of [B, T, C], a position after the other: [B, T]."""
+    return draw(rows.transpose(0, 1).flatten(0, 1)).view(rows.shape[1::-1]).T
 
 
 def squares_of(log_ps: list, weights: list, blocks: list[nn.Module]) -> list[dict]:
@@ -401,7 +400,7 @@ def test_labels_of_positions_measure_what_a_loop_over_single_examples_does(name,
         return
     batched, *_ = tokens_of(model, inputs, shift)
     generator = torch.Generator().manual_seed(5)
-    drawn = in_halves(lambda p: torch.multinomial(p, 1, generator=generator), batched.detach().exp())
+    drawn = by_position(lambda p: torch.multinomial(p, 1, generator=generator), batched.detach().exp())
     log_ps, weights = [], []
     for i in range(4 if labels != "official" else 0):
         single = {key: value[i : i + 1] for key, value in inputs.items()}
@@ -472,11 +471,11 @@ def test_several_labels_and_regression_measure_what_a_loop_over_single_examples_
     z = model(**without(inputs, "labels")).logits
     generator, p = torch.Generator().manual_seed(5), z.detach().sigmoid()
     if kind == "gaussian":
-        noise = in_halves(lambda rows: torch.randn(rows.shape, generator=generator).double(), z.detach())
+        noise = by_position(lambda rows: torch.randn(rows.shape, generator=generator).double(), z.detach())
         y = {"sampled": z.detach() + noise, "exact": None, "gold": inputs["labels"]}[labels]
     else:
         both = torch.stack([1 - p, p], 2)
-        drawn = in_halves(lambda rows: torch.multinomial(rows, 1, generator=generator), both).double()
+        drawn = by_position(lambda rows: torch.multinomial(rows, 1, generator=generator), both).double()
         y = {"sampled": drawn, "gold": inputs["labels"].double()}.get(labels, (p > 0.5).double())
     log_ps, loss = [], nn.functional.binary_cross_entropy_with_logits
     for i, row in enumerate(inputs["input_ids"]):
