@@ -15,6 +15,7 @@ weight gradient is formed, and `requires_grad` plays no part: frozen blocks are 
 LayerNorm, Embedding and LoRA (y = s B A x is two such layers) work alike; any other parameter takes a pass
 backward per example, and so does one whose layer does not see [B, ...] (for multiple choice [B * C, ...]) or
 that is used outside its layer: a second forward pass, of one example of the batch alone, tells which.
+Heads: classes, spans, labels of positions (tags, language models), several labels at once, regression.
 labels="official" is what the paper's code computes instead (see `fisher_trace`).
 """
 
@@ -32,12 +33,13 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import layer_norm, pad
 
 LABELS = ("sampled", "exact", "argmax", "gold", "official")
-FAMILIES = ("classes", "bernoulli", "gaussian")
+FAMILIES = {"single_label_classification": "classes", "multi_label_classification": "bernoulli",
+            "regression": "gaussian"}  # by a config's problem_type
 TARGETS = ("labels", "start_positions", "end_positions")  # batch entries that the model does not see
-CHUNK = 2**24  # elements of per-example gradients, or of logits in float32, held at a time
+CHUNK = 2**24  # elements of per-example gradients held at a time
 PASSES = 4096  # backward passes that "exact" may take for labels of positions
-CAUSAL = re.compile(  # classes of transformers whose logits t are of token t + 1; XLNet's and XLM's are not
-    "ForCausalLM|(?<!XLNet)(?<!With)LMHeadModel|ModelWithLMHead|BertGenerationDecoder|ForConditionalGeneration")
+CAUSAL = re.compile("ForCausalLM|ForConditionalGeneration|(?<!XLNet)(?<!With)LMHeadModel|ModelWithLMHead|"
+                    "BertGenerationDecoder")  # transformers' names; XLNet and XLMWith… do not shift
 
 
 def fisher_trace(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Module], labels: str = "sampled",
@@ -45,21 +47,27 @@ def fisher_trace(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modu
                  family: str | None = None) -> torch.Tensor:
     """tr(F) of each block: the mean over examples of || grad log p(y|x) ||^2, as float64 [len(blocks)].
 
-    labels: "sampled" draws one y per example from the model's own output (equation 1) with `generator` (None:
-    a fresh one with seed 0); "exact" takes the expectation over all C classes, in C backward passes; "argmax"
-    the likeliest class; "gold" the batch's own labels (the empirical Fisher). "official" is the official
-    repository's estimator: the sum over batches of || grad m ||^2 / B, where B is the first batch's size and
-    m the mean of log p over the rows of logits of a batch, each with its likeliest class; of spans, start and
-    end logits are rows of one mean, with padding among the classes. It is the paper's if fed as there: 41
-    batches of a shuffled loader, padded to 384 for spans.
-    The model runs in eval mode and returns logits [B, C], `.logits` [B, C], or `.start_logits` and
-    `.end_logits` [B, T] with log p = log p_start + log p_end over the positions where `attention_mask` ([B, T] or [B, 1, 1, T]) is not
-    0; "official" takes all positions.
+    labels: "sampled" draws y from the model's own output (equation 1) with `generator` (None: a fresh one
+    with seed 0), `draws` times from one forward pass; "exact" takes the expectation, in a backward pass for
+    each of C classes (T C for positions, at most 4,096); "argmax" the likeliest y; "gold" the batch's own
+    labels (the empirical Fisher). "official" is the official repository's estimator: the sum over batches of
+    || grad m ||^2 / B, where B is the first batch's size and m the mean of log p over all rows of logits of a
+    batch, each with its likeliest y, padding and all. It is the paper's if fed as there: 41 batches of a
+    shuffled loader, padded to 384 for spans.
+    The model runs in eval mode and returns logits or `.logits`, [B, C] of one label, or [B, T, C] of a label
+    of each position, drawn independently: log p is the sum over the positions where `labels` [B, T] are not
+    -100, or, without labels, `attention_mask` (an encoder-decoder's `decoder_attention_mask`) is not 0; with
+    none of them the gradient is 0. A causal model's (by the name of its class, as GPT2LMHeadModel, or of a
+    base; or in a model of peft) logits t are of token t + 1. Or it returns `.start_logits` and `.end_logits`
+    [B, T]: log p is the sum of both over the tokens of `attention_mask` ([B, T] or [B, 1, 1, T]).
+    family: "classes"; "bernoulli", C independent labels, logits [B, C]; "gaussian", C values of mean `logits`
+    and variance 1, which have no likeliest y; None: by `problem_type` and `num_labels` of the model's config.
+    Beside logits of a large vocabulary, one gradient like them is held, and 64 MiB a few times.
     Parameters, `.grad`, `requires_grad`, modes, hooks and the global random state are left as they were, also
     after an exception. `torch.no_grad()` and `torch.inference_mode()` around the call make no difference.
-    Raises ValueError for unknown labels, no batches, a block without parameters or that the model does not
-    call, an output without logits of two classes or more, missing gold labels, logits that are not finite,
-    and a model in which one example of a batch changes the output of another.
+    Raises ValueError for arguments and labels that do not fit, no batches, a block without parameters or that
+    the model does not call, logits of no such kind or that are not finite, and a model in which one example
+    of a batch changes the output of another.
     """
     def trace(parameter: nn.Parameter, gradient: Factors) -> torch.Tensor:
         return gradient.squared_norms().sum().double()  # Eq. 1: || grad log p(y|x) ||^2
@@ -143,7 +151,7 @@ Factors = Sum | Products | Rows
 
 
 def _chunks(size: int, *tensors: torch.Tensor) -> Iterable[tuple]:
-    """The tensors in groups of examples, of which `size` elements each fit into CHUNK."""
+    """The tensors in groups of examples, or of positions, of which `size` elements each fit into CHUNK."""
     return zip(*(tensor.split(max(1, CHUNK // max(1, size))) for tensor in tensors))
 
 
@@ -177,8 +185,8 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
     """The sum of measure(parameter, gradient) by parameter over batches and labels; and what to divide by."""
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}, not {labels!r}")
-    if family not in (None, *FAMILIES):
-        raise ValueError(f"family must be None or one of {', '.join(FAMILIES)}, not {family!r}")
+    if family not in (None, *FAMILIES.values()):
+        raise ValueError(f"family must be None or one of {', '.join(FAMILIES.values())}, not {family!r}")
     if type(draws) is not int or draws < 1 or draws > 1 and labels != "sampled":
         raise ValueError(f"draws must be a whole number from 1, and 1 unless labels='sampled', not {draws!r}")
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -189,7 +197,7 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
     _warn(slow, owners)
     sums, examples, first, used = {}, 0, 0, set()
     with _restored(model), _recorder(model, owners, slow) as tape:
-        tape.masked, tape.family = labels != "official", family
+        tape.labels, tape.draws, tape.generator, tape.family = labels, draws, generator, family
         for batch in batches:
             inputs = {key: value for key, value in batch.items() if key not in TARGETS}
             for key, value in inputs.items():
@@ -202,13 +210,12 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
             examples, first = examples + size, first or size
             if logits.requires_grad:
                 used.update(*(owners[module].values() for module in calls))
-            several = labels == "exact" or draws > 1
-            for seed in _seeds(logits, _known(tape, logits, batch, labels), labels, draws, tape.head, generator):
-                for parameter, gradient in _gradients(logits, seed, calls, tape, keep_graph=several):
+            for y in _terms(tape, logits, _given(tape, logits, batch)):
+                for parameter, gradient in _gradients(tape, logits, y, calls):
                     used.add(parameter)
                     if labels == "official":  # the batch as one example [1, B T, H]: its mean gradient
                         gradient = type(gradient)(*(factor.flatten(0, 1)[None] for factor in gradient))
-                        rows = size * (logits.shape[1] if tape.head in ("tokens", "spans") else 1)  # of logits
+                        rows = size if tape.head == "bernoulli" else y.numel()  # of logits in this batch
                         gradient = gradient._replace(g=gradient.g / (rows * first**0.5))  # squared: / B
                     sums[parameter] = sums.get(parameter, 0) + measure(parameter, gradient)
     if not examples:
@@ -220,167 +227,147 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
 
 
 def _forward(tape: SimpleNamespace, inputs: dict) -> tuple[torch.Tensor, dict]:
-    """The logits [B, T, C] of T independent labels of C classes, and the recorded calls by module."""
+    """The logits, and the recorded calls by module."""
     if not tape.cut:
         for parameter in tape.slow:
             parameter.requires_grad_()
     tape.on, tape.calls = True, {}
     output = tape.model(**inputs)
     tape.on = False
-    return _logits(tape, inputs if tape.masked else {}, output), tape.calls
+    return _logits(tape, inputs, output), tape.calls
 
 
 def _logits(tape: SimpleNamespace, batch: dict, output) -> torch.Tensor:
-    name = type(tape.model).__name__
+    """[B, T, C] of T independent labels: of positions, or one, or a start and an end; C = 2 of a Bernoulli,
+    and C = 1 of a Gaussian, its mean."""
+    name, mask = type(tape.model).__name__, batch.get("attention_mask")
     if type(output) is tuple:
         raise ValueError(f"{name} returned a tuple: set `model.config.return_dict = True`, or return logits")
     if isinstance(output, dict):
         output = SimpleNamespace(**output)
     logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
-    family = tape.family or _family(tape.model, logits)
-    if logits is None and getattr(output, "start_logits", None) is not None:
-        logits = torch.stack([output.start_logits, output.end_logits], 1)  # [B, 2, T]
-        hidden = batch["attention_mask"].flatten(1) == 0 if "attention_mask" in batch else torch.tensor([False])
-        logits = logits.masked_fill(hidden[:, None].to(logits.device), -torch.inf)
-        tape.head = "spans"
+    is_span = logits is None and getattr(output, "start_logits", None) is not None
+    if is_span:
+        logits = torch.stack([output.start_logits, output.end_logits], 1)
+        if mask is not None and tape.labels != "official":
+            logits = logits.masked_fill(mask.flatten(1)[:, None].to(logits.device) == 0, -torch.inf)
     elif logits is None:
         raise ValueError(f"{name} returned no `logits`, nor `start_logits`: it needs a head")
-    else:
-        tape.head = "tokens" if logits.ndim == 3 else family
-    if logits.ndim not in (2, 3) or (logits.shape[-1] < 2 if family == "classes" else logits.ndim == 3):
+    family = tape.family or ("classes" if is_span else _family(tape.model, logits))
+    is_classes = family == "classes"
+    if not 2 <= logits.ndim <= 2 + is_classes or logits.shape[-1] < 1 + is_classes:
         raise ValueError("logits must be [B, C] or [B, T, C] with two classes or more, or [B, C] with family="
                          f"'bernoulli' or 'gaussian', not {list(logits.shape)} with {family!r}")
-    if not logits.is_meta and not (logits.max(-1).values if family == "classes" else logits).isfinite().all():
+    if not logits.is_meta and not (logits.max(-1).values if is_classes else logits).isfinite().all():
         raise ValueError("the model's logits are not finite: the Fisher information is undefined")
-    if tape.head == "bernoulli":
-        return torch.stack([torch.zeros_like(logits), logits], -1)  # sigmoid(z) is the softmax of (0, z)
-    return {"classes": logits[:, None], "gaussian": logits[..., None]}.get(tape.head, logits)
+    if family == "gaussian" and tape.labels in ("argmax", "official"):
+        raise ValueError(f"labels={tape.labels!r}: where a Gaussian is likeliest, its gradient is zero")
+    tape.head = "spans" if is_span else "tokens" if logits.ndim == 3 else family
+    if family == "bernoulli":  # sigmoid(z) is in the softmax of (0, z)
+        return torch.stack([torch.zeros_like(logits), logits], 2)
+    return logits if logits.ndim == 3 else logits.unsqueeze(1 if is_classes else 2)
 
 
-def _family(model: nn.Module, logits: torch.Tensor | None) -> str:
-    """That of the model's own loss, in which spans, positions and choices are classes whatever the config says."""
+def _family(model: nn.Module, logits: torch.Tensor) -> str:
+    """That of the model's own loss, for which positions and choices are classes whatever the config says."""
     config = getattr(model, "config", None)
-    problem = getattr(config, "problem_type", None)
-    if logits is None or logits.ndim != 2 or "MultipleChoice" in type(model).__name__:
+    if logits.ndim != 2 or "MultipleChoice" in type(model).__name__:
         return "classes"
-    if problem is None and logits.shape[1] == getattr(config, "num_labels", None) == 1:
-        return "gaussian"
-    return {"multi_label_classification": "bernoulli", "regression": "gaussian"}.get(problem, "classes")
+    is_one = logits.shape[1] == 1 == getattr(config, "num_labels", None)
+    return FAMILIES.get(getattr(config, "problem_type", None), "gaussian" if is_one else "classes")
 
 
-def _known(tape: SimpleNamespace, logits: torch.Tensor, batch: dict, labels: str) -> torch.Tensor:
-    """[B, T]: -100 for a label that does not count; for one that does, the batch's, or else 0."""
-    keys = TARGETS[1:] if tape.head == "spans" else TARGETS[:1]
-    if labels == "gold" and not batch.keys() >= {*keys}:
-        raise ValueError(f"labels='gold' needs {' and '.join(map(repr, keys))} in every batch")
-    if labels == "official" or tape.head != "tokens" and labels != "gold":
+def _given(tape: SimpleNamespace, logits: torch.Tensor, batch: dict) -> torch.Tensor:
+    """The batch's labels [B, T], or 0 if it is only known which of them count; those that do not are -100."""
+    names, is_gold = TARGETS[1:] if tape.head == "spans" else TARGETS[:1], tape.labels == "gold"
+    if is_gold and not batch.keys() >= {*names}:
+        raise ValueError(f"labels='gold' needs {' and '.join(map(repr, names))} in every batch")
+    if tape.labels == "official" or tape.head != "tokens" and not is_gold:
         return torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
-    has_decoder = tape.head == "tokens" and getattr(
-        getattr(tape.model, "config", None), "is_encoder_decoder", False)
-    if has_decoder and "decoder_input_ids" not in batch:  # some models would make up their own
-        raise ValueError("an encoder-decoder needs 'decoder_input_ids' in every batch")
-    mask = "decoder_attention_mask" if has_decoder else "attention_mask"
-    names = keys if keys[0] in batch else (mask,)
-    values = [torch.as_tensor(batch.get(name, torch.ones(logits.shape[:2])), device=logits.device)
-              for name in names]
-    y = torch.cat([value.reshape(*value.shape[:1], -1) for value in values], 1)  # [B] is [B, 1]
-    if names == (mask,):
-        y = torch.where(y != 0, 0, -100)
-    is_fit = {"gaussian": y.isfinite().all(), "bernoulli": ((y == 0) | (y == 1)).all()}.get(
-        tape.head, not y.is_floating_point())
-    if y.shape != logits.shape[:2] or not is_fit:
-        kind = {"gaussian": "finite", "bernoulli": "0 or 1"}.get(tape.head, "whole numbers")
-        raise ValueError(f"{' and '.join(map(repr, names))} must be {kind}, one for each of {logits.shape[0]} x "
-                         f"{logits.shape[1]} labels, not {str(y.dtype)[6:]} {list(y.shape)}")
-    if tape.head == "tokens" and _predicts_next(tape.model):
-        y = torch.cat([y[:, 1:], torch.full_like(y[:, :1], -100)], 1)
+    if names[0] not in batch:
+        names = ("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask",)
+        mask = torch.as_tensor(batch.get(names[0], torch.ones(logits.shape[:2])))
+        batch = batch | {names[0]: torch.where(mask != 0, 0, -100)}
+    columns = [torch.as_tensor(batch[name], device=logits.device) for name in names]
+    y = torch.cat([column[:, None].flatten(1) for column in map(torch.atleast_1d, columns)], 1)
+    is_fit = y.isfinite() if tape.head == "gaussian" else (y == y.long()) & (
+        (tape.head == "spans") | (y == -100) | (y >= 0) & (y < logits.shape[2]))
+    if y.shape != logits.shape[:2] or not is_fit.all():
+        what = "finite" if tape.head == "gaussian" else f"whole numbers below {logits.shape[2]}, or -100,"
+        raise ValueError(f"{' and '.join(map(repr, names))} must be {what} of shape {list(logits.shape[:2])},"
+                         f" not {str(y.dtype)[6:]} of {list(y.shape)}")
+    if tape.head == "tokens" and _predicts_next(tape.model, batch):
+        y = pad(y[:, 1:], (0, 1), value=-100)
     return y if tape.head == "gaussian" else y.long()
 
 
-def _predicts_next(model: nn.Module) -> bool:
-    """Whether logits t are of token t + 1: by the names of the model's class and its bases (of peft's wrapper,
-    the model inside)."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+def _predicts_next(model: nn.Module, batch: dict) -> bool:
+    """Whether logits t are of token t + 1: by the name of the model's class, or of a base of it."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if "decoder_input_ids" not in batch:  # some models would take input_ids for them
+            raise ValueError("an encoder-decoder needs 'decoder_input_ids' in every batch: it sees no labels")
         return False
-    if any(CAUSAL.search(kind.__name__) for kind in type(model).__mro__):
-        return True
-    if any(CAUSAL.search(type(module).__name__) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} holds a language model and may shift its logits or not: "
-                         "measure the language model itself")
-    return False
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft
+    causal = [module for module in model.modules()
+              if any(CAUSAL.search(kind.__name__) for kind in type(module).__mro__)]
+    if causal and causal[0] is not model:
+        raise ValueError(f"{type(model).__name__} holds a {type(causal[0]).__name__}: whether its logits are "
+                         "of the next token is not known; measure the inner model")
+    return bool(causal)
 
 
-def _seeds(logits: torch.Tensor, known: torch.Tensor, labels: str, draws: int, head: str,
-           generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """For each y that stands for the expectation in Eq. 1, d log p(y|x) / d logits [B, T, C].
-
-    A few positions at a time, and the next y in the same tensor: it is all that is as large as the logits.
-    """
-    z, seed = logits.detach(), torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    (size, positions, classes), few = logits.shape, max(1, CHUNK // (4 * logits[:, :1].numel()))
-    if labels != "exact":
-        few = min(few, -(-positions // 2))  # the start and the end of a span are drawn one after the other
-        for _ in range(draws):
-            for some, to, given in zip(*(of.split(few, 1) for of in (z, seed, known))):
-                to.copy_(_score(some, _chosen(some, given, labels, head, generator), head, False))
-            yield seed
+def _terms(tape: SimpleNamespace, logits: torch.Tensor, given: torch.Tensor) -> Iterator[torch.Tensor]:
+    """For each term of the expectation in Eq. 1 the labels [B, T], or which of them are to be chosen."""
+    _, positions, classes = logits.shape
+    if tape.labels != "exact":
+        yield from [given] * tape.draws
         return
-    if head == "tokens" and positions * classes > PASSES:
-        raise ValueError(f"labels='exact' takes {positions} x {classes} backward passes, more than {PASSES}: take "
-                         "'sampled', with as many `draws` as you like")
-    for t, y in product(range(positions), range(classes)):  # as grad log p has mean zero, these traces add up
-        given = torch.where(known[:, t] == -100, -100, y) if head != "gaussian" else z[:, t, 0] + 1
-        seed[:, t] = _score(z[:, t], given, head, True)
-        yield seed
-        seed[:, t] = 0
+    if tape.head == "tokens" and positions * classes > PASSES:
+        raise ValueError(f"labels='exact' would take {positions} x {classes} backward passes, over {PASSES}: "
+                         "choose 'sampled', with many `draws`")
+    for t, c in product(range(positions), range(classes)):  # grad log p has mean zero: labels' squares add up
+        y = torch.full_like(given, -100)
+        y[:, t] = torch.where(given[:, t] == -100, -100, c)
+        yield y
 
 
-def _chosen(z: torch.Tensor, known: torch.Tensor, labels: str, head: str,
-            generator: torch.Generator) -> torch.Tensor:
-    """y [B, T] of logits [B, T, C], -100 where it does not count."""
-    if labels == "gold":
-        return known
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    if head == "gaussian":
-        if labels != "sampled":
-            raise ValueError(f"labels={labels!r}: a Gaussian is likeliest at its mean, where the gradient is zero")
-        noise = torch.randn(known.shape, generator=generator, device=generator.device, dtype=z.dtype)
-        return z[..., 0] + noise.to(z.device)
-    log_p = z.log_softmax(-1)
-    if labels == "sampled" and not z.is_meta:
-        p = log_p.exp().to(generator.device).flatten(0, 1)
-        y = torch.multinomial(p, 1, generator=generator).to(z.device).view(known.shape)  # Eq. 1: y ~ p(y|x)
-    else:
-        y = log_p.argmax(-1)
-    return torch.where(known == -100, -100, y)
+def _score(tape: SimpleNamespace, logits: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """d log p(y|x) / d logits [B, T, C], made by pieces: it is all that is as large as the logits.
+
+    For "exact" times sqrt(p), held constant, to have the square p ||grad log p||^2; a Gaussian's is 1."""
+    score = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    by_position = (tensor.transpose(0, 1) for tensor in (logits.detach(), score, given))  # [T, B, ...]
+    size = CHUNK if tape.head == "spans" else 4 * logits[:, 0].numel()  # start and end are drawn apart
+    labels, generator, last = tape.labels, tape.generator, logits.shape[2] - 1
+    for z, of_z, y in _chunks(size, *by_position):
+        x, counts = z.requires_grad_().to(torch.promote_types(z.dtype, torch.float32)), y != -100
+        if tape.head == "gaussian":
+            if labels != "gold":
+                noise = torch.randn(y.shape, generator=generator, device=generator.device).to(z.device)
+                y = x[..., 0].detach() + (noise if labels == "sampled" else counts)
+            log_p = -(y - x[..., 0]).square() / 2
+        else:
+            log_p = x.log_softmax(-1)
+            if labels == "sampled" and not z.is_meta:
+                p = log_p.detach().exp().to(generator.device).flatten(0, 1)
+                y = torch.multinomial(p, 1, generator=generator).view(y.shape).to(z.device)  # Eq. 1: y ~ p
+            elif labels not in ("gold", "exact"):
+                y = log_p.argmax(-1)
+            log_p = log_p.gather(2, y.clamp(0, last)[..., None])[..., 0]
+            weight = log_p.detach().exp().sqrt() if labels == "exact" else 1
+            log_p = torch.where(counts & (y >= 0) & (y <= last), log_p * weight, 0)
+        of_z.copy_(torch.autograd.grad(log_p.sum(), z)[0])
+    return score
 
 
-def _score(z: torch.Tensor, y: torch.Tensor, head: str, weighted: bool) -> torch.Tensor:
-    """d log p(y|x) / dz, times sqrt(p) if weighted: its square is then p times that of the gradient. Zero if y is
-    no class, as in the loss."""
-    z = z.requires_grad_()
-    x = z.to(torch.promote_types(z.dtype, torch.float32))
-    if head == "gaussian":
-        log_p = -(y - x[..., 0]).square() / 2
-    else:
-        is_class = (y >= 0) & (y < z.shape[-1])
-        of_y = x.log_softmax(-1).gather(-1, y.clamp(0, z.shape[-1] - 1)[..., None])[..., 0]
-        log_p = torch.where(is_class, of_y * of_y.detach().exp().sqrt() if weighted else of_y, 0)
-    return torch.autograd.grad(log_p.sum(), z)[0]
-
-
-def _gradients(logits: torch.Tensor, seed: torch.Tensor, calls: dict, tape: SimpleNamespace,
-               keep_graph: bool) -> Iterator:
+def _gradients(tape: SimpleNamespace, logits: torch.Tensor, y: torch.Tensor, calls: dict) -> Iterator:
     """(parameter, its gradients of log p(y|x) for each example), from one backward pass to the outputs."""
     if not logits.requires_grad:
         return
-    edges = [edge for recorded in calls.values() for *_, edge in recorded]
-    keep_graph = keep_graph or bool(tape.slow)
-    by_edge = {}
-    if edges:
-        found = torch.autograd.grad(logits, edges, seed, retain_graph=keep_graph, allow_unused=True)
-        by_edge = dict(zip(edges, found))
+    score, edges = _score(tape, logits, y), [edge for recorded in calls.values() for *_, edge in recorded]
+    is_last = tape.labels != "exact" and tape.draws == 1 and not tape.slow
+    by_edge = edges and dict(zip(edges, torch.autograd.grad(
+        logits, edges, score, retain_graph=not is_last, allow_unused=True)))
     factors: dict[nn.Parameter, list[tuple]] = {}
     with torch.no_grad():
         for module, recorded in calls.items():
@@ -399,12 +386,13 @@ def _gradients(logits: torch.Tensor, seed: torch.Tensor, calls: dict, tape: Simp
             gradient = type(gradient)(*(torch.cat(same, 1) for same in zip(*uses)))
         yield parameter, gradient
     if tape.slow:
-        yield from _slow_gradients(logits, seed, list(tape.slow))
+        yield from _slow_gradients(logits, score, list(tape.slow))
 
 
-def _slow_gradients(logits: torch.Tensor, seed: torch.Tensor, slow: list[nn.Parameter]) -> Iterator:
+def _slow_gradients(logits: torch.Tensor, score: torch.Tensor, slow: list[nn.Parameter]) -> Iterator:
     """As `_gradients`, from a backward pass per example."""
-    rows = [torch.autograd.grad(z, slow, of_z, retain_graph=True, allow_unused=True) for z, of_z in zip(logits, seed)]
+    rows = [torch.autograd.grad(z, slow, of_z, retain_graph=True, allow_unused=True)
+            for z, of_z in zip(logits, score)]
     for parameter, column in zip(slow, zip(*rows)):
         if any(row is not None for row in column):
             column = [torch.zeros_like(parameter) if row is None else row for row in column]
@@ -488,9 +476,9 @@ def _restored(model: nn.Module) -> Iterator[None]:
 def _recorder(model: nn.Module, owners: dict, slow: set) -> Iterator[SimpleNamespace]:
     """While `tape.on`, `tape.calls` gets by module each call's input, its version, and the output's place in
     the graph (which, unlike the output, is still true when the model has changed the output in place).
-    With `tape.cut`, outputs are cut off from the graph; without `tape.masked`, log p counts padding, too."""
-    tape = SimpleNamespace(model=model, owners=owners, slow=slow, on=False, cut=False, masked=True, calls={},
-                           family=None, head=None, is_checked=False, known=set())  # of `_checked_forward`
+    With `tape.cut`, outputs are cut off from the graph."""
+    tape = SimpleNamespace(model=model, owners=owners, slow=slow, on=False, cut=False, calls={},
+                           is_checked=False, known=set())  # of `_checked_forward`
 
     def record(module, arguments, keywords, output):
         if slow.issuperset(owners[module].values()) or not torch.is_grad_enabled():  # no gradient gets here
@@ -557,21 +545,17 @@ def _unfit(tape: SimpleNamespace, inputs: dict, logits: torch.Tensor, calls: dic
         pairs += _gradients_by_weight(logits, calls, {module for module, *_ in pairs})
     if logits.is_meta:
         return unfit - tape.slow
-    outputs = ((None, *(_probabilities(part, tape.head) for part in both))
-               for both in _chunks(4 * logits.shape[2], logits[i].detach(), lone_logits[0].detach()))
+    both = _chunks(4 * logits.shape[2], logits[i].detach(), lone_logits[0].detach())
+    outputs = ((None, *(pad(z, (0, 1), value=1) if tape.head == "gaussian" else z.float().softmax(-1)
+                        for z in pair)) for pair in both)
     distances = [(module, torch.dist(one.float(), two.float()) / two.float().norm().clamp(min=1e-30))
-                 for module, one, two in chain(pairs, outputs)]  # outputs are made one by one
+                 for module, one, two in chain(pairs, outputs)]
     are_equal = (torch.stack([distance for _, distance in distances]) <= _tolerance(tape.model)).tolist()
     apart = {module for (module, _), is_equal in zip(distances, are_equal) if not is_equal}
     if None in apart:
         raise ValueError(f"{type(tape.model).__name__} gives an example another output alone than in a "
                          "batch: without gradients of single examples there is no Fisher information")
     return unfit.union(*(tape.owners[module].values() for module in apart)) - tape.slow
-
-
-def _probabilities(z: torch.Tensor, head: str) -> torch.Tensor:
-    """[T, C]; of a Gaussian, its mean beside its standard deviation."""
-    return pad(z, (0, 1), value=1) if head == "gaussian" else z.float().softmax(-1)
 
 
 def _alone(tape: SimpleNamespace, inputs: dict, i: int, size: int) -> tuple[torch.Tensor, dict, set]:

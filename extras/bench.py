@@ -31,7 +31,8 @@ from types import SimpleNamespace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+from transformers import (XLMRobertaConfig, XLMRobertaForSequenceClassification,
+                          XLMRobertaForTokenClassification)
 
 ROOT = Path(__file__).parent.parent
 ROWS, ROUNDS, BATCHES, EXAMPLES, LAYERS = 32, 15, 64, 2048, 12  # BATCHES: of epoch; EXAMPLES: of order
@@ -39,10 +40,10 @@ STEPS = 1166  # two epochs of 18,652 pairs in batches of 32, in which 11 of 12 b
 OPEN_BLOCKS = (1, 2, 3, 6, 9, 12)  # from the top, as gradual unfreezing opens them
 
 
-def new_model(num_labels: int = 35) -> XLMRobertaForSequenceClassification:
+def new_model(num_labels: int = 35, kind: type = XLMRobertaForSequenceClassification) -> torch.nn.Module:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return XLMRobertaForSequenceClassification(XLMRobertaConfig(
+    return kind(XLMRobertaConfig(
         vocab_size=1000, hidden_size=384, num_hidden_layers=12, num_attention_heads=12,
         intermediate_size=1536, max_position_embeddings=514, num_labels=num_labels)).to(device)
 
@@ -474,6 +475,24 @@ def fisher() -> None:
         print(f"| {tokens} | {ratios['trace'] / 4:.2f} | {ratios['one']:.2f} | {ratios['diagonal']:.2f} | "
               f"{ratios['loop']:.2f} | {ratios['torch.func']:.2f} | {pass_ms:.0f} ms | {memory:.2f} | "
               f"{error:.1e} |", flush=True)
+    fisher_of_tags()
+
+
+def fisher_of_tags(tokens: int = 64, classes: int = 17) -> None:
+    """Print what tr(F) costs if every token has a label."""
+    from adapters import add_task_adapters
+    from fisher import fisher_trace
+    model = new_model(classes, XLMRobertaForTokenClassification).eval()
+    blocks = add_task_adapters(model)
+    learned = [parameter for block in blocks for parameter in block.parameters()]
+    batch = new_batch(model, tokens) | {"labels": torch.randint(classes, (ROWS, tokens), device=model.device)}
+    variants = {"trace": partial(fisher_trace, model, 4 * [batch], blocks),
+                "one": partial(fisher_trace, model, [batch], blocks),
+                "pass": lambda: torch.autograd.grad(model(**batch).loss, learned)}
+    ratios, pass_ms = median_ratios(variants, base="pass", rounds=min(7, ROUNDS))
+    memory = peak_memory(variants["one"]) / peak_memory(variants["pass"])
+    print(f"\na label of {classes} for each of {tokens} tokens: trace {ratios['trace'] / 4:.2f}, one batch "
+          f"{ratios['one']:.2f}, pass {pass_ms:.0f} ms, memory {memory:.2f}", flush=True)
 
 
 def order() -> None:

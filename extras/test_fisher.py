@@ -298,8 +298,10 @@ def test_inference_mode_and_a_wrapped_model_measure_the_same():
 def language_model(name: str, **settings) -> nn.Module:
     torch.manual_seed(1)
     config = getattr(transformers, name.partition("For")[0].replace("LMHeadModel", "") + "Config")
-    sizes = {"vocab_size": 24, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.3}
-    sizes |= {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 12, "num_labels": 3} if "GPT2" in name else {
+    sizes = {"vocab_size": 24, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3,
+             "initializer_range": 0.3}
+    sizes |= {
+        "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 12, "num_labels": 3} if "GPT2" in name else {
         "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "init_std": 0.3,
         "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
         "max_position_embeddings": 12, "decoder_start_token_id": 2} if "Bart" in name else {
@@ -309,7 +311,7 @@ def language_model(name: str, **settings) -> nn.Module:
 
 
 def tags(**more) -> dict:
-    """Four rows of five tokens; the first is padded; of labels, some count not, and none of the last row's."""
+    """Four rows of five tokens; the first is padded; some labels do not count, and none of the last row's."""
     torch.manual_seed(2)
     inputs = {"input_ids": torch.randint(5, 24, (4, 5)), "attention_mask": torch.ones(4, 5, dtype=torch.long),
               "labels": torch.randint(3, (4, 5))}
@@ -343,17 +345,21 @@ TOKENS = {  # model and blocks, a batch, how far labels are shifted, warned of
     "tags, nothing masked": (tagger, {"input_ids": TAGS["input_ids"]}, 0),
     "tags, LoRA": (lambda: tagger(lambda model: add_lora(model, r=3, alpha=2)), TAGS, 0),
     "masked language model, tied": (lambda: with_parts(
-        tiny_model(head="MaskedLM", num_hidden_layers=1, vocab_size=24), "roberta.embeddings", "lm_head"), TAGS, 0),
+        tiny_model(head="MaskedLM", num_hidden_layers=1, vocab_size=24), "roberta.embeddings", "lm_head"),
+        TAGS, 0),
     "GPT-2, tied": (lambda: with_parts(
-        language_model("GPT2LMHeadModel"), "transformer.wte", "transformer.h.0", "transformer.ln_f"), TAGS, 1),
-    "GPT-2, only masked": (lambda: with_parts(language_model("GPT2LMHeadModel"), "transformer.h.1.ln_1"), PLAIN, 1),
+        language_model("GPT2LMHeadModel"), "transformer.wte", "transformer.h.0", "transformer.ln_f"),
+        TAGS, 1),
+    "GPT-2, only masked": (lambda: with_parts(
+        language_model("GPT2LMHeadModel"), "transformer.h.1.ln_1"), PLAIN, 1),
     "GPT-2, tags": (lambda: with_parts(
         language_model("GPT2ForTokenClassification"), "transformer.h.0", "classifier"), TAGS, 0),
     "Llama": (lambda: with_parts(
         language_model("LlamaForCausalLM"), "model.layers.0", "model.norm", "lm_head"), TAGS, 1),
     "BERT as decoder": (bert_decoder, TAGS, 1),
     "Bart": (lambda: with_parts(
-        language_model("BartForConditionalGeneration"), "model.decoder.layers.0", "model.encoder.layers.0"), tags(
+        language_model("BartForConditionalGeneration"), "model.decoder.layers.0",
+        "model.encoder.layers.0"), tags(
             decoder_input_ids=torch.randint(5, 24, (4, 3)), labels=torch.tensor([[4, 1, -100]] * 4)), 0),
     "Bart, masked": (lambda: with_parts(
         language_model("BartForConditionalGeneration"), "model.decoder.layers.0"), PLAIN | {
@@ -371,10 +377,9 @@ def tokens_of(model: nn.Module, inputs: dict, shift: int) -> tuple[torch.Tensor,
     return log_p, places, [[row[t + shift] for t in of] for row, of in zip(told, places)]
 
 
-def in_halves(draw, rows: torch.Tensor) -> torch.Tensor:
-    """draw([B n, C]) for the first half of the positions of [B, T, C], then for the second: [B, T]."""
-    halves = rows.split(-(-rows.shape[1] // 2), 1)
-    return torch.cat([draw(half.flatten(0, 1)).view(half.shape[:2]) for half in halves], 1)
+def by_position(draw, rows: torch.Tensor) -> torch.Tensor:
+    """draw([T B, C]) for all rows of [B, T, C], a position after the other: [B, T]."""
+    return draw(rows.transpose(0, 1).flatten(0, 1)).view(rows.shape[1::-1]).T
 
 
 def squares_of(log_ps: list, weights: list, blocks: list[nn.Module]) -> list[dict]:
@@ -382,7 +387,8 @@ def squares_of(log_ps: list, weights: list, blocks: list[nn.Module]) -> list[dic
     total = [{name: torch.zeros_like(value) for name, value in block.named_parameters()} for block in blocks]
     for log_p, weight in zip(log_ps, weights):
         for block, sums in zip(blocks, total):
-            gradients = torch.autograd.grad(log_p, list(block.parameters()), retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(log_p, list(block.parameters()), retain_graph=True,
+                                            allow_unused=True)
             for name, gradient in zip(sums, gradients):
                 sums[name] += 0 if gradient is None else weight * gradient.square()
     return total
@@ -401,7 +407,7 @@ def test_labels_of_positions_measure_what_a_loop_over_single_examples_does(name,
         return
     batched, *_ = tokens_of(model, inputs, shift)
     generator = torch.Generator().manual_seed(5)
-    drawn = in_halves(lambda p: torch.multinomial(p, 1, generator=generator), batched.detach().exp())
+    drawn = by_position(lambda p: torch.multinomial(p, 1, generator=generator), batched.detach().exp())
     log_ps, weights = [], []
     for i in range(4 if labels != "official" else 0):
         single = {key: value[i : i + 1] for key, value in inputs.items()}
@@ -432,7 +438,7 @@ def joint(log_p: torch.Tensor, ys: torch.Tensor) -> torch.Tensor:
 
 
 def independent(kind: str, columns: int = 3) -> tuple:
-    """A model, and log p of its logits' independent parts [T, C]; of a Gaussian up to what has no gradient."""
+    """A model of this kind of head, and its adapters."""
     problem = {"bernoulli": "multi_label_classification", "gaussian": "regression"}.get(kind)
     head = "SequenceClassification" if problem else "TokenClassification"
     model = tiny_model(head=head, num_hidden_layers=2, problem_type=problem if columns > 1 else None,
@@ -467,16 +473,17 @@ def test_several_labels_and_regression_measure_what_a_loop_over_single_examples_
     model, blocks = independent(kind, columns)
     model.requires_grad_(True)
     inputs = batch(4)
-    inputs["labels"] = torch.randn(4, columns) if kind == "gaussian" else torch.randint(2, (4, columns)).float()
+    gold = torch.randn(4, columns)
+    inputs["labels"] = gold if kind == "gaussian" else (gold > 0).float()
     family = None if columns > 1 or kind == "gaussian" else kind  # one output is a regression's
     z = model(**without(inputs, "labels")).logits
     generator, p = torch.Generator().manual_seed(5), z.detach().sigmoid()
     if kind == "gaussian":
-        noise = in_halves(lambda rows: torch.randn(rows.shape, generator=generator, dtype=z.dtype), z.detach())
+        noise = by_position(lambda rows: torch.randn(rows.shape, generator=generator).double(), z.detach())
         y = {"sampled": z.detach() + noise, "exact": None, "gold": inputs["labels"]}[labels]
     else:
         both = torch.stack([1 - p, p], 2)
-        drawn = in_halves(lambda rows: torch.multinomial(rows, 1, generator=generator), both).double()
+        drawn = by_position(lambda rows: torch.multinomial(rows, 1, generator=generator), both).double()
         y = {"sampled": drawn, "gold": inputs["labels"].double()}.get(labels, (p > 0.5).double())
     log_ps, loss = [], nn.functional.binary_cross_entropy_with_logits
     for i, row in enumerate(inputs["input_ids"]):
@@ -484,7 +491,8 @@ def test_several_labels_and_regression_measure_what_a_loop_over_single_examples_
         if labels == "exact":  # E (y - z)^2 is 1, of each output
             log_ps += [*z]
         else:
-            log_ps.append(-(y[i] - z).square().sum() / 2 if kind == "gaussian" else -loss(z, y[i], reduction="sum"))
+            squares = (y[i] - z).square().sum() / 2
+            log_ps.append(-squares if kind == "gaussian" else -loss(z, y[i], reduction="sum"))
     weights = [1 / 4] * len(log_ps)
     if labels == "official":
         log_ps, weights = [torch.stack(log_ps).mean()], [1 / 4]
@@ -495,7 +503,8 @@ def test_several_labels_and_regression_measure_what_a_loop_over_single_examples_
     if columns == 1 and labels != "exact":
         flat = inputs | {"labels": inputs["labels"][:, 0]}  # as regressions have them
         trace = fisher_trace(model, [flat], blocks, labels, torch.Generator().manual_seed(5), family=family)
-        assert trace.sum().item() == pytest.approx(sum(v.sum().item() for of in expected for v in of.values()))
+        total = sum(value.sum().item() for of in expected for value in of.values())
+        assert trace.sum().item() == pytest.approx(total)
 
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
@@ -555,7 +564,8 @@ def test_lora_of_peft_measures_what_a_loop_does(adapted):
     torch.manual_seed(3)
     model = peft.get_peft_model(language_model(name), config).double().eval()
     layers = [module for module in model.modules() if type(module).__name__ == "GPT2Block"]
-    learned = [nn.ParameterList(p for key, p in layer.named_parameters() if "lora" in key) for layer in layers]
+    learned = [nn.ParameterList(value for name, value in layer.named_parameters() if "lora" in name)
+               for layer in layers]
     blocks = [nn.ModuleList(m for m in layer.modules() if type(m) is nn.Linear) for layer in layers]
     shift, log_ps = int(name == "GPT2LMHeadModel"), []
     for i in range(4):
@@ -583,12 +593,58 @@ def test_impossible_measurements_are_refused():
                           (lambda: fisher_trace(model, [batch()], [nn.Linear(2, 2)]), "no block is part of"),
                           (lambda: fisher_trace(unused, [batch()], [unused.spare]), "no block took part"),
                           (lambda: fisher_trace(model, [unlabelled], blocks, "gold"), "'gold' needs 'lab"),
-                          (lambda: fisher_trace(tagger, [batch()], [tagger.classifier]), r"must be \[B, C\]"),
+                          (lambda: fisher_trace(tagger, [batch()], [tagger.classifier]),
+                           r"'labels' must be whole .* of shape \[5, 7\], not int64 of \[5, 1\]"),
                           (lambda: fisher_trace(model, [batch()], blocks, "golden"), "labels must be one of"),
                           (lambda: fisher_trace(broken, [batch()], [broken.classifier.dense]), "not finite"),
                           (lambda: fisher_trace(model.roberta, [batch()], blocks), "no `logits`")]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)
+
+
+@pytest.mark.filterwarnings("ignore:parameters in")
+def test_what_does_not_fit_a_head_is_refused():
+    plain, tokens = nn.Linear(4, 3), tags()
+    rows = {"input": torch.randn(4, 4)}
+    (tagging, _), causal = tagger(), language_model("GPT2LMHeadModel")
+    bart = language_model("BartForConditionalGeneration")
+    several = tiny_model(problem_type="multi_label_classification")
+    one = tiny_model(num_labels=1)
+    spans = tiny_model(head="QuestionAnswering")
+    for model, inputs, options, message in [
+            (plain, rows, {"family": "normal"}, "family must be None or one of classes, bernoulli, gaussian"),
+            *((plain, rows, {"draws": draws}, "draws must be a whole number from 1")
+              for draws in (0, 2.0, True)),
+            *((plain, rows, {"draws": 2, "labels": labels}, "and 1 unless labels='sampled'")
+              for labels in ("exact", "gold", "argmax", "official")),
+            (nn.Linear(4, 1), rows, {}, "family='bernoulli' or 'gaussian', not \\[4, 1\\] with 'classes'"),
+            (plain, {"input": torch.randn(2, 2, 2, 4)}, {}, r"must be \[B, C\] or \[B, T, C\]"),
+            (tagging, tokens, {"family": "bernoulli"}, "not .4, 5, 3. with 'bernoulli'"),
+            (spans, without(tokens, "labels"), {"family": "gaussian"}, "not .4, 2, 5. with 'gaussian'"),
+            (tagging, tags(labels=torch.full((4, 5), 3)), {}, "whole numbers below 3, or -100"),
+            (tagging, tags(labels=torch.rand(4, 5)), {}, "'labels' must be whole numbers"),
+            (tagging, tags(labels=torch.tensor(1)), {}, "not int64 of .1, 1."),
+            (plain, rows | {"labels": torch.tensor([0, 1, 2, -1])}, {"labels": "gold"}, "whole numbers"),
+            (several, tags(labels=torch.full((4, 3), 2.0)), {"labels": "gold"}, "whole numbers below 2"),
+            (several, tags(labels=torch.zeros(4)), {"labels": "gold"}, r"not float32 of \[4, 1\]"),
+            (one, tags(labels=torch.full((4,), torch.nan)), {"labels": "gold"}, "'labels' must be finite"),
+            *((one, tokens, {"labels": labels}, "where a Gaussian is likeliest")
+              for labels in ("argmax", "official")),
+            (causal, tokens, {"labels": "exact"}, "take 5 x 24 backward passes, over 100: choose 'sampled'"),
+            (bart, tokens, {}, "an encoder-decoder needs 'decoder_input_ids'"),
+            (Wrapper(causal), tokens, {}, "Wrapper holds a GPT2LMHeadModel: whether its logits")]:
+        with pytest.raises(ValueError, match=message), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fisher, "PASSES", 100)
+            fisher_trace(model, [inputs], [model], **options)
 
 
 class Mixing(nn.Module):
@@ -609,7 +665,7 @@ def test_what_has_no_fisher_information_of_single_examples_is_refused():
     detached.register_forward_hook(lambda _, inputs, output: output.detach())
     counted, single = nn.Embedding(9, 3, scale_grad_by_freq=True), Mixing(lambda x: torch.eye(5) @ x)
     regression, x = nn.Linear(4, 1), torch.randn(5, 4)
-    tuples, several = tiny_model(), tiny_model(problem_type="multi_label_classification")
+    tuples = tiny_model()
     tuples.config.return_dict = False
     half_used = nn.Sequential(nn.Linear(4, 3))
     half_used.spare = nn.Linear(2, 2)
@@ -621,7 +677,6 @@ def test_what_has_no_fisher_information_of_single_examples_is_refused():
             (single, {"x": x}, [single.out], "does not run on one example alone"),
             (counted, {"input": torch.arange(5)}, [counted], "scale_grad_by_freq"),
             (regression, {"input": x}, [regression], "of two classes|two classes or more"),
-            (several, batch(), [several.classifier], "made for multi_label_classification"),
             (tuples, batch(), [tuples.classifier], "returned a tuple: set `model.config.return_dict = True`"),
             (half_used, {"input": x}, [half_used[0], half_used.spare], r"every block \(not 1\) took part")]:
         inputs = {key: value for key, value in inputs.items() if key != "labels"}
