@@ -523,7 +523,9 @@ class Traces:
                     self.trace = fisher_trace(
                         self.model, batches, self.blocks, settings.fisher_labels, generator).tolist()
             except ValueError as error:
-                remedy = "lower --lr" if "not finite" in str(error) else "choose another --model"
+                remedies = {"not finite": "lower --lr", "labels=": "choose other --fisher-labels"}
+                remedy = next((remedy for part, remedy in remedies.items() if part in str(error)),
+                              "choose another --model")
                 raise UserError(f"no tr(F) at step {self.step}: {error}; {remedy}") from None
         return self.trace
 
