@@ -482,8 +482,11 @@ def _link(model: nn.Module, *_) -> None:
     """Tell the modules with hooks, which know nothing else, the record of the model that calls them, and the
     adapters of their layer: each replica of nn.DataParallel has its own."""
     base = model.base_model
+    is_checkpointing = base.training and any(getattr(module, "gradient_checkpointing", False)
+                                             for module in base.modules())
     for module in filter(None, (base.embeddings, _decoder(model))):
-        module.link = (base.invertible_adapters, base.get_input_embeddings())  # in a tuple: no submodules
+        # in a tuple: no submodules
+        module.link = (base.invertible_adapters, base.get_input_embeddings(), is_checkpointing)
     for layer in _layers(model) if _family(model).is_pre_norm else ():
         layer.mlp.link = (layer.output_adapters,)
 
@@ -496,13 +499,16 @@ def _decoder(model: nn.Module) -> nn.Module | None:
 
 
 def _after_embeddings(embeddings: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-    adapter = embeddings.link[0].in_play()
-    return adapter(output) if adapter else output
+    record, _, is_checkpointing = embeddings.link
+    output = record.in_play()(output) if record.in_play() else output
+    if is_checkpointing and torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()  # a reentrant checkpoint passes gradients on if its inputs ask for them alone
+    return output
 
 
 def _before_decoder(module: nn.Module, inputs: tuple, output: torch.Tensor | None = None) -> torch.Tensor:
     """The inverse block, on the decoder's input or, if that is no module, on the output of the one before."""
-    record, embeddings = module.link
+    record, embeddings, _ = module.link
     adapter, hidden = record.in_play(), inputs[0] if output is None else output
     return (adapter.inverse(hidden) if adapter else hidden).to(embeddings.weight.dtype)  # tied to them
 

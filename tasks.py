@@ -488,11 +488,11 @@ def encode_words(rows: list[dict], tokenizer, max_length: int, labels: list) -> 
 def read_words(sentences: list[list[str]], tokenizer):
     """Their tokens. A word that the tokenizer drops (an empty one) is the unknown token."""
     read = partial(tokenizer, is_split_into_words=True, verbose=False)
-    with blame("the tokenizer of --model does not read word by word", "choose another model"):
+    with blame("the tokenizer of --model does not give every word a token", "choose another model"):
         is_glued = read(["a", "a"])["input_ids"] != tokenizer("a a")["input_ids"]  # without the space between
         words = [[" " * is_glued + word for word in sentence] for sentence in sentences]
         kept = map(set, map(read(words).word_ids, range(len(words))))
-        words = [[word if i in seen else tokenizer.unk_token for i, word in enumerate(sentence)]
+        words = [[word if i in seen else tokenizer.unk_token or "" for i, word in enumerate(sentence)]
                  for sentence, seen in zip(words, kept)]
         encoded = read(words)
         assert all({*range(len(sentence))} <= {*encoded.word_ids(i)} for i, sentence in enumerate(words))
@@ -506,6 +506,8 @@ def windows_in(example: dict, start: int, end: int, max_length: int) -> list[dic
     if length <= max_length:
         return [example]
     width, windows = max_length - (length - end + start), []
+    if width < 1:
+        raise UserError(f"--max-length {max_length} is taken by the tokenizer's special tokens: raise it")
     shared = width // 4
     for first in range(start, end - shared, width - shared):
         last = min(first + width, end)

@@ -54,9 +54,9 @@ def draw_group(figure, title: str, methods: Methods, mosaic: list[list[str]]) ->
         heading, draw = PANELS[letter]
         axes.set_title(f"$\\bf{{{letter}}}$  {heading}", loc="left")
         draw(axes, methods, styles)
-    figure.legend(handles=[Line2D([], [], label=label, **style) for label, style in styles.items()], ncols=5,
-                  loc="outside upper left", frameon=False, alignment="left", title_fontsize="small",
-                  title=plain(textwrap.fill(title, 150)))
+    figure.legend(handles=[Line2D([], [], label=label, **style) for label, style in styles.items()],
+                  ncols=min(5, 1 + 100 // max(map(len, styles))), loc="outside upper left", frameon=False,
+                  alignment="left", title_fontsize="small", title=plain(textwrap.fill(title, 150)))
 
 
 def plain(text: str) -> str:

@@ -126,7 +126,7 @@ def checked(record: dict, name: Path | str, results: Path | str, log: Path | str
         if run["task"] not in TASKS or run["method"] not in [*SELECT, "full"]:
             print(f"note: {name} is of {run['task']} by {run['method']}, unknown here, and is left out")
             return None
-        own = dict(run.get("settings", {"k": run.get("k"), "steps": run.get("steps")}))
+        own = run.get("settings", {"k": run.get("k"), "steps": run.get("steps")}).copy()
         # of runs recorded before these options:
         older = {"eval_every": 0, "precision": "bf16" if own.pop("bf16", False) else "fp32"}
         defaults = {entry.name: entry.default for entry in dataclasses.fields(Settings)[1:]}
@@ -139,7 +139,8 @@ def checked(record: dict, name: Path | str, results: Path | str, log: Path | str
         assert all(isinstance(adapter, str | None) for adapter in run["language_adapters"].values())
         for score in (*run["scores"].values(), run["average"] or run["scores"]["en"]):
             assert score.keys() == metrics and all(is_number(score[name]) for name in metrics)
-        assert all(type(step) is type(block) is int and min(step, block) >= 0 for step, block in run["order"])
+        assert all(type(step) is type(block) is int and min(step, block) >= 0 and is_number(step + block)
+                   for step, block in run["order"])
         assert all(is_number(run[key]) for key in ("seed", "wall_seconds", "train_examples"))
     with damage(f"{log} is damaged", name):
         run["traces"], run["validations"] = curves(record["log"], next(iter(metrics)))
@@ -461,7 +462,8 @@ def correlations(methods: Methods) -> Iterator[str]:
     for method, runs in methods.items():
         for run in runs:
             metric = next(iter(run["scores"]["en"]))
-            kept = max(run["validations"], key=lambda event: event[metric], default={"step": -1})
+            trained = [event for event in run["validations"] if event["step"]] or run["validations"]
+            kept = max(trained, key=lambda event: event[metric], default={"step": -1})
             curve = [event["average"] for event in run["traces"] if event["step"] <= kept["step"]]
             if curve and run["average"] and not run["settings"]["average"]:
                 way = run["settings"]["fisher_labels"], str(run["settings"]["fisher_batches"])

@@ -177,6 +177,7 @@ def restore_state(run: Run, learned: dict, optimizer, unfreezer) -> dict | None:
                             "--overwrite to start anew")
         state = saved["state"]
         assert 0 < state["step"] <= identity["--steps"] and log.stat().st_size >= saved["log_bytes"]
+        assert not identity["--average"] or (state["count"] > 0) == (state["kept"] is not None)
         put(saved["learned"] if state["kept"] is None else state["kept"], learned)  # both must fit
         put(saved["learned"], learned)
         optimizer.load_state_dict(saved["optimizer"])

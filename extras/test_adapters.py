@@ -3,6 +3,7 @@ the file alone in a folder, and what AdapterHub's library computes with what it 
 """
 
 import copy
+import itertools
 import json
 import pickle
 import re
@@ -100,6 +101,24 @@ def test_a_replica_computes_with_its_own_weights(kind, add, head, dtype):
     before, expected = model(**inputs).logits, halved(**inputs).logits
     assert torch.equal(replica_of(model)(**inputs).logits, expected) and not torch.equal(before, expected)
     assert torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("is_reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["XLMRoberta", "DebertaV2", "ModernBert"])
+def test_blocks_learn_the_same_when_the_layers_are_checkpointed(kind, is_reentrant):
+    model = tiny_model(kind).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    blocks = randomise(add_task_adapters(model, 4))
+    parameters, gradients = [*itertools.chain(*(block.parameters() for block in blocks))], []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
+        model.zero_grad()
+        model(**batch()).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in parameters])
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_a_wrapped_model_is_refused_by_name(tmp_path):

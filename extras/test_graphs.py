@@ -21,11 +21,12 @@ def collator(model, assets, device: str, multiple: int = TOKENS):
     return partial(packing.batch_on, torch.device(device), model, make, multiple=multiple)
 
 
+@pytest.mark.parametrize("task, head", [("xnli", "SequenceClassification"), ("tag", "TokenClassification")])
 @pytest.mark.parametrize("multiple", [1, 7, 64, TOKENS])  # of tokens: none, some or all of the padding stays
-def test_padding_that_stays_in_a_packed_batch_changes_no_gradient(multiple, assets):  # noqa: F811
-    model = tiny_model().double().eval()
+def test_padding_that_stays_in_a_packed_batch_changes_no_gradient(multiple, task, head, assets):  # noqa: F811
+    model = tiny_model(head=head).double().eval()
     randomise(add_task_adapters(model))
-    examples, learned = examples_of("xnli"), [p for p in model.parameters() if p.requires_grad]
+    examples, learned = examples_of(task), [p for p in model.parameters() if p.requires_grad]
     tokenizer = transformers.AutoTokenizer.from_pretrained(assets / "model")
     expected = torch.autograd.grad(model(**tasks.pad(examples, tokenizer)).loss, learned)
     packing.allow_packing(model)

@@ -321,7 +321,9 @@ def test_report_correlates_the_trace_of_the_weights_kept_with_scores_over_method
                         method=method, seed=seed)
         (run / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for step in range(3) for event in (
             {"event": "fisher", "step": 10 * step, "trace": [traces[step], 99], "trainable": [0]},
-            {"event": "eval", "step": 10 * step + 5, "split": "validation", "accuracy": validations[step]})))
+            {"event": "eval", "step": 10 * step + 5, "split": "validation", "accuracy": validations[step]}))
+            # untrained weights are not kept, however well they score
+            + '{"event": "eval", "step": 0, "split": "validation", "accuracy": 40}\n')
     # Kept: the first of the best, at steps 15 25 25 15 25. So tr(F) is 9 3 1 3 1, ranks 5 3.5 1.5 3.5 1.5,
     # highest 9 3 4 3 1, ranks 5 2.5 4 2.5 1; validation 30 30 20 25 40, ranks 3.5 3.5 1 2 5; targets 50 70
     # 70 40 30, ranks 3 4.5 4.5 2 1. Of these, less their mean 3: products over the root of the squares.
