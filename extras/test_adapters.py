@@ -3,7 +3,6 @@ the file alone in a folder, and what AdapterHub's library computes with what it 
 """
 
 import copy
-import itertools
 import json
 import pickle
 import re
@@ -101,24 +100,6 @@ def test_a_replica_computes_with_its_own_weights(kind, add, head, dtype):
     before, expected = model(**inputs).logits, halved(**inputs).logits
     assert torch.equal(replica_of(model)(**inputs).logits, expected) and not torch.equal(before, expected)
     assert torch.equal(model(**inputs).logits, before)
-
-
-@pytest.mark.parametrize("is_reentrant", [True, False])
-@pytest.mark.parametrize("kind", ["XLMRoberta", "DebertaV2", "ModernBert"])
-def test_blocks_learn_the_same_when_the_layers_are_checkpointed(kind, is_reentrant):
-    model = tiny_model(kind).train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    blocks = randomise(add_task_adapters(model, 4))
-    parameters, gradients = [*itertools.chain(*(block.parameters() for block in blocks))], []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
-        model.zero_grad()
-        model(**batch()).loss.backward()
-        gradients.append([parameter.grad.clone() for parameter in parameters])
-    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_a_wrapped_model_is_refused_by_name(tmp_path):
@@ -541,8 +522,16 @@ logits = model(input_ids=stored["ids"], attention_mask=stored["mask"]).logits
 assert (logits - stored["logits"]).abs().max() < 1e-5
 for add, name in ((add_task_adapters, "task"), (add_lora, "lora")):
     blocks = add(model, name=name)
-    model(input_ids=stored["ids"], labels=torch.zeros(5).long()).loss.backward()
-    assert all(any(p.grad is not None for p in block.parameters()) for block in blocks)
+    gradients = []
+    for is_checkpointed in (False, True):  # in transformers 4, reentrant by default
+        if is_checkpointed:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(0)
+        model.train()(input_ids=stored["ids"], labels=torch.zeros(5).long()).loss.backward()
+        gradients.append([p.grad.clone() for block in blocks for p in block.parameters()])
+    assert all(map(torch.allclose, *gradients)), "checkpointed layers have other gradients"
+    model.gradient_checkpointing_disable()
 for name in ("task", "lora"):
     save_adapter(model, name, name)
     assert load_adapter(model, name, name + "2") == name + "2"
