@@ -33,8 +33,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import layer_norm, pad
 
 LABELS = ("sampled", "exact", "argmax", "gold", "official")
-FAMILIES = {"single_label_classification": "classes", "multi_label_classification": "bernoulli",
-            "regression": "gaussian"}  # by a config's problem_type
+FAMILY_OF_PROBLEM = {"single_label_classification": "classes", "multi_label_classification": "bernoulli",
+                     "regression": "gaussian"}  # by a config's problem_type
 TARGETS = ("labels", "start_positions", "end_positions")  # batch entries that the model does not see
 CHUNK = 2**24  # elements of per-example gradients held at a time
 PASSES = 4096  # backward passes that "exact" may take for labels of positions
@@ -49,20 +49,19 @@ def fisher_trace(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modu
 
     labels: "sampled" draws y from the model's own output (equation 1) with `generator` (None: a fresh one
     with seed 0), `draws` times from one forward pass; "exact" takes the expectation, in a backward pass for
-    each of C classes (T C for positions, at most 4,096); "argmax" the likeliest y; "gold" the batch's own
+    each class of each label (of positions at most 4,096); "argmax" the likeliest y; "gold" the batch's own
     labels (the empirical Fisher). "official" is the official repository's estimator: the sum over batches of
     || grad m ||^2 / B, where B is the first batch's size and m the mean of log p over all rows of logits of a
     batch, each with its likeliest y, padding and all. It is the paper's if fed as there: 41 batches of a
     shuffled loader, padded to 384 for spans.
-    The model runs in eval mode and returns logits or `.logits`, [B, C] of one label, or [B, T, C] of a label
-    of each position, drawn independently: log p is the sum over the positions where `labels` [B, T] are not
-    -100, or, without labels, `attention_mask` (an encoder-decoder's `decoder_attention_mask`) is not 0; with
-    none of them the gradient is 0. A causal model's (by the name of its class, as GPT2LMHeadModel, or of a
-    base; or in a model of peft) logits t are of token t + 1. Or it returns `.start_logits` and `.end_logits`
-    [B, T]: log p is the sum of both over the tokens of `attention_mask` ([B, T] or [B, 1, 1, T]).
+    The model runs in eval mode. Its logits (or `.logits`) are [B, C], of one label, or [B, T, C], of a label
+    of each position: log p is the sum over the positions that count, which are those whose `labels` [B, T]
+    are not -100, or, in a batch without labels, whose attention mask (`decoder_attention_mask` of an
+    encoder-decoder) is not 0, or, without a mask, all. Logits t of a causal model are of token t + 1 (see
+    `_predicts_next`). Or it returns `.start_logits` and `.end_logits` [B, T]: log p is the sum of both, over
+    the tokens of `attention_mask` ([B, T] or [B, 1, 1, T]).
     family: "classes"; "bernoulli", C independent labels, logits [B, C]; "gaussian", C values of mean `logits`
     and variance 1, which have no likeliest y; None: by `problem_type` and `num_labels` of the model's config.
-    Beside logits of a large vocabulary, one gradient like them is held, and 64 MiB a few times.
     Parameters, `.grad`, `requires_grad`, modes, hooks and the global random state are left as they were, also
     after an exception. `torch.no_grad()` and `torch.inference_mode()` around the call make no difference.
     Raises ValueError for arguments and labels that do not fit, no batches, a block without parameters or that
@@ -185,8 +184,9 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
     """The sum of measure(parameter, gradient) by parameter over batches and labels; and what to divide by."""
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}, not {labels!r}")
-    if family not in (None, *FAMILIES.values()):
-        raise ValueError(f"family must be None or one of {', '.join(FAMILIES.values())}, not {family!r}")
+    if family not in (None, *FAMILY_OF_PROBLEM.values()):
+        known = ", ".join(FAMILY_OF_PROBLEM.values())
+        raise ValueError(f"family must be None or one of {known}, not {family!r}")
     if type(draws) is not int or draws < 1 or draws > 1 and labels != "sampled":
         raise ValueError(f"draws must be a whole number from 1, and 1 unless labels='sampled', not {draws!r}")
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -199,10 +199,8 @@ def _accumulate(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modul
     with _restored(model), _recorder(model, owners, slow) as tape:
         tape.labels, tape.draws, tape.generator, tape.family = labels, draws, generator, family
         for batch in batches:
-            inputs = {key: value for key, value in batch.items() if key not in TARGETS}
-            for key, value in inputs.items():
-                if isinstance(value, torch.Tensor) and value.is_inference():
-                    inputs[key] = value.clone()  # one that autograd may save
+            inputs = {key: value.clone() if torch.is_tensor(value) and value.is_inference() else value
+                      for key, value in batch.items() if key not in TARGETS}  # a clone autograd may save
             logits, calls = _checked_forward(tape, inputs)
             size = len(logits)
             if not size:
@@ -238,8 +236,8 @@ def _forward(tape: SimpleNamespace, inputs: dict) -> tuple[torch.Tensor, dict]:
 
 
 def _logits(tape: SimpleNamespace, batch: dict, output) -> torch.Tensor:
-    """[B, T, C] of T independent labels: of positions, or one, or a start and an end; C = 2 of a Bernoulli,
-    and C = 1 of a Gaussian, its mean."""
+    """The logits as [B, T, C], T independent labels of C classes: T = 1 of one label, 2 of start and end;
+    C = 2 of a Bernoulli, 1 of a Gaussian (its mean). Says in `tape.head` what they are of."""
     name, mask = type(tape.model).__name__, batch.get("attention_mask")
     if type(output) is tuple:
         raise ValueError(f"{name} returned a tuple: set `model.config.return_dict = True`, or return logits")
@@ -255,7 +253,8 @@ def _logits(tape: SimpleNamespace, batch: dict, output) -> torch.Tensor:
         raise ValueError(f"{name} returned no `logits`, nor `start_logits`: it needs a head")
     family = tape.family or ("classes" if is_span else _family(tape.model, logits))
     is_classes = family == "classes"
-    if not 2 <= logits.ndim <= 2 + is_classes or logits.shape[-1] < 1 + is_classes:
+    most_dimensions, least_classes = (3, 2) if is_classes else (2, 1)
+    if not 2 <= logits.ndim <= most_dimensions or logits.shape[-1] < least_classes:
         raise ValueError("logits must be [B, C] or [B, T, C] with two classes or more, or [B, C] with family="
                          f"'bernoulli' or 'gaussian', not {list(logits.shape)} with {family!r}")
     if not logits.is_meta and not (logits.max(-1).values if is_classes else logits).isfinite().all():
@@ -274,26 +273,33 @@ def _family(model: nn.Module, logits: torch.Tensor) -> str:
     if logits.ndim != 2 or "MultipleChoice" in type(model).__name__:
         return "classes"
     is_one = logits.shape[1] == 1 == getattr(config, "num_labels", None)
-    return FAMILIES.get(getattr(config, "problem_type", None), "gaussian" if is_one else "classes")
+    problem = getattr(config, "problem_type", None)
+    return FAMILY_OF_PROBLEM.get(problem, "gaussian" if is_one else "classes")
 
 
 def _given(tape: SimpleNamespace, logits: torch.Tensor, batch: dict) -> torch.Tensor:
-    """The batch's labels [B, T], or 0 if it is only known which of them count; those that do not are -100."""
-    names, is_gold = TARGETS[1:] if tape.head == "spans" else TARGETS[:1], tape.labels == "gold"
-    if is_gold and not batch.keys() >= {*names}:
+    """y [B, T]: the batch's labels, or 0 where one is still to be chosen; -100 where none counts."""
+    names = TARGETS[1:] if tape.head == "spans" else TARGETS[:1]
+    if tape.labels == "gold" and not batch.keys() >= {*names}:
         raise ValueError(f"labels='gold' needs {' and '.join(map(repr, names))} in every batch")
-    if tape.labels == "official" or tape.head != "tokens" and not is_gold:
+    if tape.labels == "official" or tape.head != "tokens" and tape.labels != "gold":
         return torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
-    if names[0] not in batch:
+    is_masked = names[0] not in batch
+    if is_masked:
         names = ("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask",)
-        mask = torch.as_tensor(batch.get(names[0], torch.ones(logits.shape[:2])))
-        batch = batch | {names[0]: torch.where(mask != 0, 0, -100)}
-    columns = [torch.as_tensor(batch[name], device=logits.device) for name in names]
-    y = torch.cat([column[:, None].flatten(1) for column in map(torch.atleast_1d, columns)], 1)
-    is_fit = y.isfinite() if tape.head == "gaussian" else (y == y.long()) & (
-        (tape.head == "spans") | (y == -100) | (y >= 0) & (y < logits.shape[2]))
-    if y.shape != logits.shape[:2] or not is_fit.all():
-        what = "finite" if tape.head == "gaussian" else f"whole numbers below {logits.shape[2]}, or -100,"
+        batch = {names[0]: torch.ones(logits.shape[:2])} | batch
+    columns = [torch.atleast_1d(torch.as_tensor(batch[name], device=logits.device)) for name in names]
+    y = torch.cat([column[:, None].flatten(1) for column in columns], 1)
+    if is_masked:
+        what, y = "a mask", torch.where(y != 0, 0, -100)
+    elif tape.head == "gaussian":
+        what, is_fit = "finite", y.isfinite()
+    else:
+        what, is_fit = "whole numbers", y == y.long()
+        if tape.head != "spans":  # a span may be cut off: out of range it counts for nothing, as in the loss
+            what += f" below {logits.shape[2]}, or -100,"
+            is_fit &= (y == -100) | (y >= 0) & (y < logits.shape[2])
+    if y.shape != logits.shape[:2] or not (is_masked or is_fit.all()):
         raise ValueError(f"{' and '.join(map(repr, names))} must be {what} of shape {list(logits.shape[:2])},"
                          f" not {str(y.dtype)[6:]} of {list(y.shape)}")
     if tape.head == "tokens" and _predicts_next(tape.model, batch):
@@ -317,7 +323,8 @@ def _predicts_next(model: nn.Module, batch: dict) -> bool:
 
 
 def _terms(tape: SimpleNamespace, logits: torch.Tensor, given: torch.Tensor) -> Iterator[torch.Tensor]:
-    """For each term of the expectation in Eq. 1 the labels [B, T], or which of them are to be chosen."""
+    """For each backward pass y [B, T]: the label of each position, any number where it is yet to be drawn,
+    -100 where none counts."""
     _, positions, classes = logits.shape
     if tape.labels != "exact":
         yield from [given] * tape.draws
@@ -325,38 +332,34 @@ def _terms(tape: SimpleNamespace, logits: torch.Tensor, given: torch.Tensor) -> 
     if tape.head == "tokens" and positions * classes > PASSES:
         raise ValueError(f"labels='exact' would take {positions} x {classes} backward passes, over {PASSES}: "
                          "choose 'sampled', with many `draws`")
-    for t, c in product(range(positions), range(classes)):  # grad log p has mean zero: labels' squares add up
-        y = torch.full_like(given, -100)
-        y[:, t] = torch.where(given[:, t] == -100, -100, c)
-        yield y
+    places = torch.arange(positions, device=given.device)
+    for t, c in product(range(positions), range(classes)):  # E grad log p = 0: labels' squares add up
+        yield torch.where((given != -100) & (places == t), c, -100)
 
 
 def _score(tape: SimpleNamespace, logits: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    """d log p(y|x) / d logits [B, T, C], made by pieces: it is all that is as large as the logits.
+    """d log p(y|x) / d logits [B, T, C]: onehot(y) - p, of a Gaussian y - z; 0 where no label counts.
 
-    For "exact" times sqrt(p), held constant, to have the square p ||grad log p||^2; a Gaussian's is 1."""
-    score = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    For "exact" times sqrt(p(y)), to have the square p ||grad log p||^2. Made by pieces of positions: it alone
+    is as large as the logits."""
+    score, last = torch.empty_like(logits), logits.shape[2] - 1
+    labels, generator = tape.labels, tape.generator
     by_position = (tensor.transpose(0, 1) for tensor in (logits.detach(), score, given))  # [T, B, ...]
-    size = CHUNK if tape.head == "spans" else 4 * logits[:, 0].numel()  # start and end are drawn apart
-    labels, generator, last = tape.labels, tape.generator, logits.shape[2] - 1
-    for z, of_z, y in _chunks(size, *by_position):
-        x, counts = z.requires_grad_().to(torch.promote_types(z.dtype, torch.float32)), y != -100
-        if tape.head == "gaussian":
-            if labels != "gold":
-                noise = torch.randn(y.shape, generator=generator, device=generator.device).to(z.device)
-                y = x[..., 0].detach() + (noise if labels == "sampled" else counts)
-            log_p = -(y - x[..., 0]).square() / 2
-        else:
-            log_p = x.log_softmax(-1)
-            if labels == "sampled" and not z.is_meta:
-                p = log_p.detach().exp().to(generator.device).flatten(0, 1)
-                y = torch.multinomial(p, 1, generator=generator).view(y.shape).to(z.device)  # Eq. 1: y ~ p
-            elif labels not in ("gold", "exact"):
-                y = log_p.argmax(-1)
-            log_p = log_p.gather(2, y.clamp(0, last)[..., None])[..., 0]
-            weight = log_p.detach().exp().sqrt() if labels == "exact" else 1
-            log_p = torch.where(counts & (y >= 0) & (y <= last), log_p * weight, 0)
-        of_z.copy_(torch.autograd.grad(log_p.sum(), z)[0])
+    for z, of_z, y in _chunks(4 * logits[:, 0].numel(), *by_position):
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        if tape.head == "gaussian":  # exact: E (y - z)^2 = 1, of the column that counts
+            noise = torch.randn(y.shape, generator=generator, device=generator.device).to(z.device)
+            of_z.copy_({"sampled": noise, "exact": y != -100, "gold": y - z[..., 0]}[labels][..., None])
+            continue
+        counts, p = (y >= 0) & (y <= last), z.log_softmax(-1).exp()
+        if labels == "sampled" and not z.is_meta:
+            rows = p.to(generator.device).flatten(0, 1)
+            y = torch.multinomial(rows, 1, generator=generator).view(y.shape).to(z.device)  # Eq. 1: y ~ p
+        elif labels not in ("gold", "exact"):
+            y = z.argmax(-1)
+        y = y.clamp(0, last)[..., None]
+        weight = counts[..., None] * p.gather(2, y) ** (0.5 if labels == "exact" else 0)  # [T, B, 1]
+        of_z.copy_((-p * weight).scatter_add_(2, y, weight))
     return score
 
 
@@ -365,9 +368,9 @@ def _gradients(tape: SimpleNamespace, logits: torch.Tensor, y: torch.Tensor, cal
     if not logits.requires_grad:
         return
     score, edges = _score(tape, logits, y), [edge for recorded in calls.values() for *_, edge in recorded]
-    is_last = tape.labels != "exact" and tape.draws == 1 and not tape.slow
-    by_edge = edges and dict(zip(edges, torch.autograd.grad(
-        logits, edges, score, retain_graph=not is_last, allow_unused=True)))
+    is_only = tape.labels != "exact" and tape.draws == 1 and not tape.slow
+    found = edges and torch.autograd.grad(logits, edges, score, retain_graph=not is_only, allow_unused=True)
+    by_edge = dict(zip(edges, found))
     factors: dict[nn.Parameter, list[tuple]] = {}
     with torch.no_grad():
         for module, recorded in calls.items():
@@ -412,9 +415,8 @@ def _owners(model: nn.Module, blocks: list[nn.Module]) -> dict[nn.Module, dict[s
             raise ValueError(f"block {index} has no parameters")
     if any(parameter.is_inference() for parameter in wanted):
         raise ValueError("the model was made inside torch.inference_mode(): make or load it outside")
-    owners = {module: {name: own for name, own in module._parameters.items() if own in wanted}
-              for module in model.modules()}
-    owners = {module: own for module, own in owners.items() if own}
+    owners = {module: own for module in model.modules() if (own := {
+        name: parameter for name, parameter in module._parameters.items() if parameter in wanted})}
     if any(getattr(module, "scale_grad_by_freq", False) for module in owners):
         raise ValueError("an Embedding with scale_grad_by_freq has no gradients of single examples")
     if not owners:
@@ -546,6 +548,7 @@ def _unfit(tape: SimpleNamespace, inputs: dict, logits: torch.Tensor, calls: dic
     if logits.is_meta:
         return unfit - tape.slow
     both = _chunks(4 * logits.shape[2], logits[i].detach(), lone_logits[0].detach())
+    # a Gaussian's 1 makes the distance absolute where values are small
     outputs = ((None, *(pad(z, (0, 1), value=1) if tape.head == "gaussian" else z.float().softmax(-1)
                         for z in pair)) for pair in both)
     distances = [(module, torch.dist(one.float(), two.float()) / two.float().norm().clamp(min=1e-30))
@@ -559,8 +562,8 @@ def _unfit(tape: SimpleNamespace, inputs: dict, logits: torch.Tensor, calls: dic
 
 
 def _alone(tape: SimpleNamespace, inputs: dict, i: int, size: int) -> tuple[torch.Tensor, dict, set]:
-    """log p and the calls of example i alone, and the parameters that are used outside their layer, too: with
-    the layers' outputs cut off from the graph, log p or a layer's input still depends on them."""
+    """The logits and calls of example i alone, and the parameters that are used outside their layer, too:
+    with the layers' outputs cut off from the graph, the logits or a layer's input still depend on them."""
     fast = {parameter for own in tape.owners.values() for parameter in own.values()} - tape.slow
     for parameter in fast | tape.slow:
         parameter.requires_grad_(parameter in fast)

@@ -55,14 +55,14 @@ class Task:
     """An example is a dictionary of one sequence's tensors, unpadded; a batch the keywords of the model."""
 
     # its data
-    columns: tuple[str, ...]  # of every row: strings; by word, lists of them
+    columns: tuple[str, ...]  # of every row: strings; by word, lists of them, the words and then their tags
     optional_columns: tuple[str, ...] = ()  # used where the training file has them
     is_by_word: bool = False  # every column is a list with an entry a word
-    target: str = "label"  # the column that is predicted, strings or integers
-    values: dict = field(default_factory=dict)  # by column: what it may hold, a dictionary of what that is
-    #             read as, or a function that reads it; the target's are otherwise those of the training file
-    languages: tuple[str, ...] | None = None  # those the paper tests, English first; None: every test file
-    other_languages: tuple[str, ...] = ()  # on the hub, but not tested in the paper
+    target: str = "label"  # the column that is predicted, strings or integers; another one by word alone
+    values: dict = field(default_factory=dict)  # by column: the values allowed, a dictionary from these to
+    #    what they are read as, or a function that reads one; the target's default: those of the training file
+    languages: tuple[str, ...] | None = None  # tested, by default, English first; None: every test file
+    other_languages: tuple[str, ...] = ()  # on the hub, too
     hub: dict = field(default_factory=dict)  # by split: owner/name/config/split, or language -> rows
     trains_language: bool = False  # a language adapter, on a text file: no test languages, no tr(F)
     # its kind
@@ -103,8 +103,8 @@ def load_data(settings) -> tuple[dict[str, list[dict]], list]:
     if task.target in columns:
         found = labels_of(splits["train"], task.target, place=next(iter(train)))
         values.setdefault(task.target, found)
-    if task.is_by_word:
-        check_scheme(zip(train, splits["train"]), task.target, found)
+        if task.is_by_word:
+            check_scheme(zip(train, splits["train"]), task.target, found)
     splits["validation"] = check(read_split(settings, "validation", "en"))
     for language in languages:
         splits[language] = check(read_split(settings, "test", language))
@@ -148,7 +148,7 @@ def read_split(settings, split: str, language: str) -> dict[str, dict]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-NO_TAG = -100  # the label of a token that is in no loss, no score and no tr(F)
+IGNORED = -100  # the label of a token that is in no loss, no score and no tr(F)
 
 
 def tensors_of(encoded: dict, i: int) -> dict[str, torch.Tensor]:
@@ -165,7 +165,7 @@ def tokens_of(example: dict) -> int:
 def pad(examples: list[dict], tokenizer) -> dict[str, torch.Tensor]:
     """One batch: sequences padded to the longest, [B, T] or, of several choices, [B, choices, T]."""
     padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id,
-               "labels": NO_TAG}
+               "labels": IGNORED}
     batch = {}
     for key, first in examples[0].items():
         values = [example[key] for example in examples]
@@ -464,8 +464,8 @@ TASKS["mlqa"] = SPANS(
 
 
 def encode_words(rows: list[dict], tokenizer, max_length: int, labels: list) -> list[dict]:
-    """Every word in pieces of its own; its tag is at the first that shows a character of it, not at a lone
-    space, as most words of Chinese begin with. `row` is the sentence's number; a long one is in several
+    """Each word is tokenized by itself. Its tag stands at its first piece that shows a character (XLM-R
+    begins most words of Chinese with a lone space). `row`: the sentence's number; a long one gives several
     examples."""
     is_blank = lru_cache(None)(lambda piece: not tokenizer.convert_tokens_to_string([piece]).strip())
     sentences, tags = zip(*(row.values() for row in rows))
@@ -477,7 +477,7 @@ def encode_words(rows: list[dict], tokenizer, max_length: int, labels: list) -> 
                 inner.append(place)
                 if word not in first or is_blank(pieces[first[word]]):
                     first[word] = place
-        example = tensors_of(encoded, row) | {"labels": torch.full([len(pieces)], NO_TAG)}
+        example = tensors_of(encoded, row) | {"labels": torch.full([len(pieces)], IGNORED)}
         numbers = [labels.index(sentence[word]) for word in first]
         example["labels"][list(first.values())] = torch.tensor(numbers)
         examples += [window | {"row": row}
@@ -486,22 +486,24 @@ def encode_words(rows: list[dict], tokenizer, max_length: int, labels: list) -> 
 
 
 def read_words(sentences: list[list[str]], tokenizer):
-    """Their tokens. A word that the tokenizer drops (an empty one) is the unknown token."""
+    """Their tokens, in two passes: a word that the first one drops (an empty one) is the unknown token."""
     read = partial(tokenizer, is_split_into_words=True, verbose=False)
     with blame("the tokenizer of --model does not give every word a token", "choose another model"):
-        is_glued = read(["a", "a"])["input_ids"] != tokenizer("a a")["input_ids"]  # without the space between
-        words = [[" " * is_glued + word for word in sentence] for sentence in sentences]
+        lacks_space = read(["a", "a"])["input_ids"] != tokenizer("a a")["input_ids"]
+        words = [[" " * lacks_space + word for word in sentence] for sentence in sentences]
         kept = map(set, map(read(words).word_ids, range(len(words))))
         words = [[word if i in seen else tokenizer.unk_token or "" for i, word in enumerate(sentence)]
                  for sentence, seen in zip(words, kept)]
         encoded = read(words)
-        assert all({*range(len(sentence))} <= {*encoded.word_ids(i)} for i, sentence in enumerate(words))
+        if not all({*range(len(sentence))} <= {*encoded.word_ids(i)} for i, sentence in enumerate(words)):
+            raise ValueError("a word without a token")
         return encoded
 
 
 def windows_in(example: dict, start: int, end: int, max_length: int) -> list[dict]:
-    """The example, or of one that is too long windows with the special tokens outside of start..end. Windows
-    share a quarter of their tokens, of which each has the labels of the half that it shows more around."""
+    """The example, or windows of a longer one, each with all special tokens (those outside of start..end).
+    Neighbours share a quarter of a window; of that, each keeps the labels of the half on its own side, which
+    has more context there."""
     length = len(example["labels"])
     if length <= max_length:
         return [example]
@@ -514,17 +516,17 @@ def windows_in(example: dict, start: int, end: int, max_length: int) -> list[dic
         seen = [*range(start), *range(first, last), *range(end, length)]
         own = slice(first + (shared // 2 if first > start else 0),
                     last - (shared - shared // 2 if last < end else 0))
-        labels = torch.full([length], NO_TAG)
+        labels = torch.full([length], IGNORED)
         labels[own] = example["labels"][own]
         windows.append({key: value[seen] for key, value in (example | {"labels": labels}).items()})
-    return [window for window in windows if (window["labels"] != NO_TAG).any()]
+    return [window for window in windows if (window["labels"] != IGNORED).any()]
 
 
 def score_tags(rows: list[dict], examples: list[dict], outputs: list, language: str, labels: list) -> tuple:
     """Percent of words with the right tag; where the tags are BIO, before it F1 over entities."""
     guesses, gold = [[] for _ in rows], [[*row.values()][1] for row in rows]
     for example, logits in zip(examples, outputs):  # [C, T]: windows in order, each word tagged in one
-        tagged = (example["labels"] != NO_TAG).nonzero()[:, 0]
+        tagged = (example["labels"] != IGNORED).nonzero()[:, 0]
         guesses[example["row"]] += [labels[i] for i in logits[:, tagged].argmax(0)]
     right = [guess == tag for pair in zip(guesses, gold) for guess, tag in zip(*pair, strict=True)]
     scores = {"accuracy": 100 * mean(right)}
@@ -615,7 +617,7 @@ def encode_text(rows: list[dict], tokenizer, max_length: int, labels: list) -> l
 
 def masked_tokens(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss [M] and correctness [M] of every masked token and its row [M]; no logits of any other token."""
-    hidden, masked = model.base_model(batch["input_ids"])[0], batch["labels"] != -100  # [B, T, H]
+    hidden, masked = model.base_model(batch["input_ids"])[0], batch["labels"] != IGNORED  # [B, T, H]
     if hasattr(model, "lm_predictions"):  # DeBERTa-v2's new head
         logits = model.lm_predictions(hidden[masked], model.get_input_embeddings())  # [M, V]
     elif hasattr(model, "decoder"):  # ModernBERT

@@ -727,7 +727,8 @@ def examples_of(task: str, rows: int = 17) -> list[dict]:
     answers = {"xnli": {"labels": 2}, "xcopa": {"labels": 1},
                "xquad": {"start_positions": 1, "end_positions": 2}}  # the largest
     examples = [{"input_ids": [ids(), ids()] if task == "xcopa" else ids(), "row": i}
-                | {key: draw.randint(0, most) for key, most in answers.get(task, {}).items()} for i in range(rows)]
+                | {key: draw.randint(0, most) for key, most in answers.get(task, {}).items()}
+                for i in range(rows)]
     for example in examples:
         if task == "tag":
             example["labels"] = torch.tensor([draw.choice([0, 1, 2, -100]) for _ in example["input_ids"]])

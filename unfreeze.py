@@ -216,7 +216,8 @@ class Settings:
                                     metavar="auto|none|FOLDER|auto,FOLDER")
     data: str | None = option(None, "folder with train.en.jsonl, validation.en.jsonl, test.<language>.jsonl, "
                               "or .csv or .tsv (default: the hub); for mlm a text file in UTF-8")
-    languages: str | None = option(None, "tested beside English (default: the paper's)", metavar="de,sw,…")
+    languages: str | None = option(None, "tested beside English (default: the task's, or all in the folder)",
+                                   metavar="de,sw,…")
     language: str | None = option(None, "for mlm: the language's code, and the adapter's name")
     epochs: int | None = option(None, "passes over the training data", least=1)
     steps: int | None = option(None, "training steps, instead of --epochs; 0 tests untrained", least=0)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from extras.packing import Packing
-from tasks import NO_TAG
+from tasks import IGNORED
 
 LENGTH, TOKENS = 32, 512  # a sequence is padded to a multiple of the one, a packed batch to one of the other
 
@@ -66,6 +66,6 @@ def widened(make: Callable, tokenizer, most: int, examples: list[dict]) -> dict[
     tokens = batch["input_ids"].shape[-1]
     more = max(0, min(-tokens % LENGTH, most - tokens))
     padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id,
-               "attention_mask": 0, "labels": NO_TAG}
+               "attention_mask": 0, "labels": IGNORED}
     return batch | {name: nn.functional.pad(batch[name], (0, more), value=token)
                     for name, token in padding.items() if name in batch and batch[name].dim() > 1}

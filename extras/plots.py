@@ -46,7 +46,7 @@ def plot(groups: dict[str, Methods], path: Path, panel: str | None) -> None:
 
 
 def draw_group(figure, title: str, methods: Methods, mosaic: list[list[str]]) -> None:
-    """The panels of one group under its title and one legend."""
+    """The panels of one group under its title and one legend, which maps need not."""
     from matplotlib.lines import Line2D
 
     styles = styles_of(methods)
@@ -54,9 +54,10 @@ def draw_group(figure, title: str, methods: Methods, mosaic: list[list[str]]) ->
         heading, draw = PANELS[letter]
         axes.set_title(f"$\\bf{{{letter}}}$  {heading}", loc="left")
         draw(axes, methods, styles)
-    figure.legend(handles=[Line2D([], [], label=label, **style) for label, style in styles.items()],
-                  ncols=min(5, 1 + 100 // max(map(len, styles))), loc="outside upper left", frameon=False,
-                  alignment="left", title_fontsize="small", title=plain(textwrap.fill(title, 150)))
+    lines = [Line2D([], [], label=label, **style) for label, style in styles.items()]
+    figure.legend(handles=lines if mosaic != [["e"]] else [], ncols=min(5, 1 + 100 // max(map(len, styles))),
+                  loc="outside upper left", frameon=False, alignment="left", title_fontsize="small",
+                  title=plain(textwrap.fill(title, 150)))
 
 
 def plain(text: str) -> str:
@@ -160,7 +161,7 @@ def draw_gains(axes, methods: Methods, styles: dict[str, dict]) -> None:
     for row in range(0, len(names) + 1, 2):
         axes.axhspan(row - 0.5, row + 0.5, color="#f2f2f2", zorder=0)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="points over standard's score (in brackets)")
+    axes.set(xlabel="points over standard (in brackets: the mean of its runs)")
 
 
 def draw_blocks(axes, methods: Methods, styles: dict[str, dict]) -> None:
@@ -176,6 +177,7 @@ def draw_blocks(axes, methods: Methods, styles: dict[str, dict]) -> None:
     rows = math.ceil(len(maps) / 2)
     for place, (label, found) in enumerate(maps.items()):
         row, column = divmod(place, 2)
+        # two maps a row, with room for titles and labels
         part = axes.inset_axes([0.52 * column, 1 - (row + 0.9) / rows, 0.43, 0.75 / rows])
         cells = [*zip(*found.values())]  # [blocks, steps]
         mesh = part.pcolormesh([*found], range(len(cells)), cells, norm=LogNorm(min(values), max(values)))
@@ -187,7 +189,7 @@ def draw_blocks(axes, methods: Methods, styles: dict[str, dict]) -> None:
 
 
 def block_map(runs: list[dict]) -> dict[int, list[float]]:
-    """By step, tr(F) of each block, open or not: the mean over the runs of its logarithm."""
+    """By step, tr(F) of each block, open or not: the geometric mean over the runs, 0 if one of them has 0."""
     return {step: [geometric_mean(of_block) if min(of_block) > 0 else 0 for of_block in zip(*traces)]
             for step, traces in by_step(runs, "traces", "trace").items()}
 
@@ -196,4 +198,4 @@ PANELS = {"a": ("tr(F) per open block (band: all seeds)", draw_traces),
           "b": ("Mean place in the opening order", draw_orders),
           "c": ("Validation over tr(F) (pale: single seeds)", draw_validation),
           "d": ("Gain over standard, 95 % intervals", draw_gains),
-          "e": ("tr(F) of each block (mean over seeds; dot: opens)", draw_blocks)}
+          "e": ("tr(F) of each block (geometric mean over seeds; dot: opens)", draw_blocks)}

@@ -182,7 +182,7 @@ def comparable(runs: list[dict]) -> dict[str, Methods]:
     for run in runs:
         if run["method"] != "full":
             kinds.setdefault(setting(run), set()).add(adapters_of(run))
-    for found in kinds.values():
+    for found in kinds.values():  # runs without language adapters stand in the tables of others above some
         found -= {(adapter, "", "") for adapter, _, stacked in found if stacked}
     tables: dict[tuple, list[dict]] = {}
     for run in runs:
@@ -337,7 +337,7 @@ def weakest_first(languages: list[str], runs: list[dict], metric: str) -> list[s
 
 def standard_of(methods: Methods, runs: list[dict]) -> list[dict]:
     """What these runs' gains are held against, standard training of their kind: averaged or not, above
-    language adapters or not (`full` has none in either). None if that was run in several settings."""
+    language adapters or not (`full` has none in either). Empty unless that was run in one setting."""
 
     def kind(run: dict) -> tuple:
         return run["settings"]["average"], is_above_languages(run) and runs[0]["method"] != "full"

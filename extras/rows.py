@@ -219,7 +219,7 @@ def read_list(column: str, value, allowed: dict | tuple | list | Callable | None
 
 
 def read_value(column: str, value, allowed: dict | tuple | list | Callable | None, is_target: bool):
-    """The value, as the function `allowed` reads it, or as one of `allowed`; ValueError says what is wrong."""
+    """The value, as the function `allowed` reads it or as one of `allowed`; ValueError says what is wrong."""
     if callable(allowed):
         return allowed(value)
     if not isinstance(value, str) and not (is_target and type(value) is int):

@@ -132,7 +132,7 @@ class Run:
             shutil.rmtree(self.out / name, ignore_errors=True)
         os.truncate(self.out / "log.jsonl", 0)
         # kept: the best weights or, with --average, their mean over `count` validations (None: those at the
-        # start); beside these, from the first validation on: validation (scores of the best), untrained
+        # start); beside these, from the first validation on: untrained and, but with --average, validation
         return {"step": 0, "losses": [], "averages": [], "seconds": 0, "kept": None, "kept_step": None,
                 "count": 0}
 
