@@ -161,7 +161,7 @@ def draw_gains(axes, methods: Methods, styles: dict[str, dict]) -> None:
     for row in range(0, len(names) + 1, 2):
         axes.axhspan(row - 0.5, row + 0.5, color="#f2f2f2", zorder=0)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="points over standard (in brackets: the mean of its runs)")
+    axes.set(xlabel="points over standard (its mean in brackets)")
 
 
 def draw_blocks(axes, methods: Methods, styles: dict[str, dict]) -> None:
