@@ -482,8 +482,7 @@ def _link(model: nn.Module, *_) -> None:
     """Tell the modules with hooks, which know nothing else, the record of the model that calls them, and the
     adapters of their layer: each replica of nn.DataParallel has its own."""
     base = model.base_model
-    is_checkpointing = base.training and any(getattr(module, "gradient_checkpointing", False)
-                                             for module in base.modules())
+    is_checkpointing = base.training and getattr(_layers(model)[0], "gradient_checkpointing", False)
     for module in filter(None, (base.embeddings, _decoder(model))):
         # in a tuple: no submodules
         module.link = (base.invertible_adapters, base.get_input_embeddings(), is_checkpointing)

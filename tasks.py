@@ -162,11 +162,15 @@ def tokens_of(example: dict) -> int:
     return len(ids) * max(map(len, ids)) if isinstance(ids, list) else len(ids)
 
 
+def padding_of(tokenizer) -> dict[str, int]:
+    """What a batch's entries are padded with, if not with 0."""
+    return {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id,
+            "labels": IGNORED}
+
+
 def pad(examples: list[dict], tokenizer) -> dict[str, torch.Tensor]:
     """One batch: sequences padded to the longest, [B, T] or, of several choices, [B, choices, T]."""
-    padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id,
-               "labels": IGNORED}
-    batch = {}
+    padding, batch = padding_of(tokenizer), {}
     for key, first in examples[0].items():
         values = [example[key] for example in examples]
         if key in ("row", "offsets"):  # of the score's, not the model's
@@ -486,18 +490,25 @@ def encode_words(rows: list[dict], tokenizer, max_length: int, labels: list) -> 
 
 
 def read_words(sentences: list[list[str]], tokenizer):
-    """Their tokens, in two passes: a word that the first one drops (an empty one) is the unknown token."""
+    """Their tokens. A word that the tokenizer drops (an empty one) is read again, as the unknown token."""
     read = partial(tokenizer, is_split_into_words=True, verbose=False)
     with blame("the tokenizer of --model does not give every word a token", "choose another model"):
         lacks_space = read(["a", "a"])["input_ids"] != tokenizer("a a")["input_ids"]
         words = [[" " * lacks_space + word for word in sentence] for sentence in sentences]
-        kept = map(set, map(read(words).word_ids, range(len(words))))
-        words = [[word if i in seen else tokenizer.unk_token or "" for i, word in enumerate(sentence)]
-                 for sentence, seen in zip(words, kept)]
         encoded = read(words)
-        if not all({*range(len(sentence))} <= {*encoded.word_ids(i)} for i, sentence in enumerate(words)):
-            raise ValueError("a word without a token")
+        if any(lost := dropped(words, encoded)):
+            unknown = tokenizer.unk_token or ""
+            words = [[unknown if i in numbers else word for i, word in enumerate(sentence)]
+                     for sentence, numbers in zip(words, lost)]
+            encoded = read(words)
+            if any(dropped(words, encoded)):
+                raise ValueError("a word without a token")
         return encoded
+
+
+def dropped(sentences: list[list[str]], encoded) -> list[set[int]]:
+    """By sentence, the numbers of the words without a token."""
+    return [{*range(len(words))} - {*encoded.word_ids(row)} for row, words in enumerate(sentences)]
 
 
 def windows_in(example: dict, start: int, end: int, max_length: int) -> list[dict]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from extras.packing import Packing
-from tasks import IGNORED
+from tasks import padding_of
 
 LENGTH, TOKENS = 32, 512  # a sequence is padded to a multiple of the one, a packed batch to one of the other
 
@@ -65,7 +65,6 @@ def widened(make: Callable, tokenizer, most: int, examples: list[dict]) -> dict[
     batch = make(examples)
     tokens = batch["input_ids"].shape[-1]
     more = max(0, min(-tokens % LENGTH, most - tokens))
-    padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id,
-               "attention_mask": 0, "labels": IGNORED}
-    return batch | {name: nn.functional.pad(batch[name], (0, more), value=token)
-                    for name, token in padding.items() if name in batch and batch[name].dim() > 1}
+    padding = padding_of(tokenizer)
+    return batch | {name: nn.functional.pad(value, (0, more), value=padding.get(name, 0))
+                    for name, value in batch.items() if value.dim() > 1}
