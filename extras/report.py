@@ -121,7 +121,8 @@ def checked(record: dict, name: Path | str, results: Path | str, log: Path | str
     """A run's results, checked as far as the report reads them, with all settings and the curves of its log;
     None for a task or method that this version does not know. results, log: what a message calls them."""
     with damage(f"{results} is damaged or of no task run", name):
-        run = {"language_adapters": {}, SOURCES: {}} | record["results"] | {"record": record, "name": name}
+        run = {"language_adapters": {}, SOURCES: {}, "validation": {}} | record["results"]
+        run |= {"record": record, "name": name}
         assert all(isinstance(run[key], str) for key in ("task", "model", "adapter", "method"))
         if run["task"] not in TASKS or run["method"] not in [*SELECT, "full"]:
             print(f"note: {name} is of {run['task']} by {run['method']}, unknown here, and is left out")
@@ -136,6 +137,7 @@ def checked(record: dict, name: Path | str, results: Path | str, log: Path | str
         assert isinstance(run["settings"]["average"], bool)
         metrics = run["scores"]["en"].keys()
         assert isinstance(run["average"], dict) and isinstance(run[SOURCES], dict)
+        assert all(map(is_number, run["validation"].values()))
         assert all(isinstance(adapter, str | None) for adapter in run["language_adapters"].values())
         for score in (*run["scores"].values(), run["average"] or run["scores"]["en"]):
             assert score.keys() == metrics and all(is_number(score[name]) for name in metrics)
@@ -220,12 +222,21 @@ def is_above_languages(run: dict) -> bool:
 
 def title(runs: list[dict], adapter: str, source: str) -> str:
     run, examples = runs[0], runs[0]["train_examples"]
-    same = {name: value for name, value in run["settings"].items() if value and name not in TOLD_APART
-            and all(other["settings"][name] == value for other in runs)}
+    shared = {name: values_of(runs, name) for name in run["settings"] if name not in TOLD_APART}
     parts = [run["task"], run["model"], adapter, f"{examples} training examples" if examples else "",
              f"{len(run['scores'])} languages", f"above language adapters ({source})" if source else "",
-             *(f"{name.replace('_', ' ')} {value}" for name, value in same.items())]
+             *(f"{spaced(name)} {value}" for name, values in shared.items() if len(values) == 1
+               for value in values if value)]
     return ", ".join(filter(None, parts))
+
+
+def spaced(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def values_of(runs: list[dict], name: str) -> set:
+    """The values of a setting, of the runs in which it has an effect."""
+    return {run["settings"][name] for run in runs if name != "k" or run["method"] not in UNSCHEDULED}
 
 
 def columns(runs: list[dict]) -> Methods:
@@ -236,9 +247,9 @@ def columns(runs: list[dict]) -> Methods:
         methods.setdefault(method_of(run, is_above), []).append(run)
     found: Methods = {}
     for method, runs in methods.items():
-        other = [name for name in BY_METHOD if len({str(run["settings"][name]) for run in runs}) > 1]
+        other = [name for name in BY_METHOD if len(values_of(runs, name)) > 1]
         for run in runs:
-            label = ", ".join([method, *(f"{name} {run['settings'][name]}" for name in other)])
+            label = ", ".join([method, *(f"{spaced(name)} {run['settings'][name]}" for name in other)])
             for twin in found.setdefault(label, []):
                 if twin["seed"] == run["seed"]:
                     raise UserError(f"{twin['name']} and {run['name']} are both {label} with seed "
@@ -272,22 +283,25 @@ def table(methods: Methods) -> list[list[str]]:
     def row(name: str, cell: Callable) -> list[str]:
         return [name, *(cell(runs) for runs in methods.values())]
 
+    def row_if_any(name: str, cell: Callable) -> list[list[str]]:
+        return [cells for cells in [row(name, cell)] if {*cells[1:]} != {"-"}]
+
     rows = [["", *methods], row("seeds", lambda runs: str(len(runs)))]
     for name in BY_METHOD:
-        values = row(name.replace("_", " "), lambda runs: str(runs[0]["settings"][name]))
-        if len({*values[1:]}) > 1 and name != "order":
-            rows.append(values)
+        if len(values_of([*itertools.chain(*methods.values())], name)) > 1 and name != "order":
+            rows.append(row(spaced(name), lambda runs: str(next(iter(values_of(runs, name)), "-"))))
     weak = weakest_first(targets, standard_runs(methods), metrics[0])[: len(targets) // 2]
     unseen = unseen_languages(methods)
     for metric in metrics:
         of = "" if metric == metrics[0] else f", {metric}"
+        rows += row_if_any(f"English validation, {metric}", lambda runs: spread(
+            [run["validation"][metric] for run in runs if metric in run["validation"]]))
         rows += [row(name, cell) for name, cell in score_cells(methods, metric, of, targets, weak).items()]
         if unseen:
             rows.append(row(f"mean of unseen {' '.join(unseen)}{of}", lambda runs: spread(
                 [mean(run["scores"][language][metric] for language in unseen) for run in runs])))
-        beside = [row(f"the paper's{of}", lambda runs: paper_cell(runs, metric)),
-                  row(f"difference{of}", lambda runs: difference(runs, metric))]
-        rows += [cells for cells in beside if {*cells[1:]} != {"-"}]
+        rows += row_if_any(f"the paper's{of}", lambda runs: paper_cell(runs, metric))
+        rows += row_if_any(f"difference{of}", lambda runs: difference(runs, metric))
     rows.append(row("lowest language", lambda runs: lowest(runs, metrics[0], targets)))
     for language in targets:
         rows.append(row(language, lambda runs: spread(scores_of(runs, language, metrics[0]))))
@@ -585,7 +599,7 @@ def departures(run: dict) -> list[str]:
             not source.startswith("auto") or not {*others} <= {*theirs_too})
     for name, value in theirs.items():
         own = f"{settings['steps']} steps" if name == "epochs" and settings["epochs"] is None else \
-            f"{name.replace('_', ' ')} {settings[name]}"
+            f"{spaced(name)} {settings[name]}"
         found[own] = settings[name] != value and (name != "k" or run["method"] not in UNSCHEDULED)
     return [what for what, differs in found.items() if differs]
 

@@ -61,6 +61,21 @@ def test_report_prints_means_and_deviations_over_seeds_and_pairs_methods_by_seed
         "seconds": ["9", "9"]}
 
 
+def test_report_shows_what_was_validated_and_no_k_where_it_has_no_effect(tmp_path, capsys):
+    scores = {"en": {"accuracy": 80}, "de": {"accuracy": 40}}
+    tuned = {("standard", 5, 0.1): 70, ("standard", 9, 0.2): 72, ("gu", 3, 0.1): 71, ("gu", 4, 0.1): 73}
+    for (method, k, lr), score in tuned.items():
+        write_run(tmp_path / f"{method}-{k}", scores, method=method, settings={"k": k, "steps": 9, "lr": lr},
+                  validation={"accuracy": score})
+    rows = printed_table(sorted(tmp_path.iterdir()), capsys)
+    assert rows[""] == ["standard, lr 0.1", "standard, lr 0.2", "gu, k 3", "gu, k 4"]
+    assert rows["k"] == ["-", "-", "3", "4"] and rows["lr"] == ["0.1", "0.2", "0.1", "0.1"]
+    assert rows["English validation, accuracy"] == ["70.0", "72.0", "71.0", "73.0"]
+    assert unfreeze.main(["report", *map(str, tmp_path.glob("*-[35]"))]) == 0
+    printed = capsys.readouterr().out  # one k has an effect, the title has it
+    assert "2 languages, k 3, steps 9" in printed and "k" not in tables_of(printed)[0]
+
+
 def test_report_tells_languages_estimators_and_orders_apart(tmp_path, capsys):
     standard = {"en": 90, "de": 60, "th": 50, "sw": 30, "qu": 20}
     for seed, gain in ((0, 4), (1, 6)):
