@@ -41,12 +41,12 @@ set_up
 case $task in
     report) exec python "$here/unfreeze.py" report ${method:+"$method"} "$@" ;;
     test) cd "$here" && exec python -m pytest test_core.py extras ${method:+"$method"} "$@" ;;
-    results)  # the front page's picture is of four methods, the map of single blocks, the last one of all runs
+    results)  # the front page's picture is of four methods
         cd "$here/extras/results"
         python ../../unfreeze.py report demo.jsonl --plot demo.png > /dev/null
         python ../../unfreeze.py report demo-15.jsonl --plot blocks.png --panel e > /dev/null
-        exec python ../../unfreeze.py report demo{-500,,-others,-lora,-15,-average}.jsonl tag.jsonl x*.jsonl \
-            --plot study.png ;;
+        python ../../unfreeze.py report tag.jsonl xnli.jsonl xquad.jsonl --plot tasks.png --panel a > /dev/null
+        exec python ../../unfreeze.py report *.jsonl ;;
     demo)
         cd "$here" && python extras/demo.py
         task=classify method=${method:-standard gu fun}
