@@ -258,7 +258,7 @@ def add_lora(model: nn.Module, r: int = 8, alpha: float = 8, targets: tuple[str,
     """
     if not targets or not set(targets) <= set(ATTENTION):
         raise ValueError(f"targets must be some of {', '.join(ATTENTION)}, not {targets!r}")
-    if not _is_number(r) or not isinstance(r, int):
+    if not _is_count(r):
         raise ValueError(f"r must be a whole number, at least 1, not {r!r}")
     config = LORA | {"r": r, "alpha": alpha, "leave_out": list(leave_out),
                      "attn_matrices": [letter for target, letter in ATTENTION.items() if target in targets]}
@@ -499,7 +499,8 @@ def _decoder(model: nn.Module) -> nn.Module | None:
 
 def _after_embeddings(embeddings: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
     record, _, is_checkpointing = embeddings.link
-    output = record.in_play()(output) if record.in_play() else output
+    if adapter := record.in_play():
+        output = adapter(output)
     if is_checkpointing and torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_()  # a reentrant checkpoint passes gradients on if its inputs ask for them alone
     return output
@@ -801,6 +802,10 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
+def _is_count(value) -> bool:
+    return _is_number(value) and isinstance(value, int)
+
+
 def _is_layers(value) -> bool:
     return isinstance(value, list) and all(isinstance(layer, int) for layer in value)
 
@@ -826,7 +831,7 @@ BOTTLENECK = {  # AdapterHub's key: a Pfeiffer adapter's value; others that a fi
     "phm_layer": (False, ()), "stochastic_depth": (0.0, ()),
 }
 LOW_RANK = {  # the same for a LoRA
-    "r": (8, lambda value: _is_number(value) and isinstance(value, int)), "alpha": (8, _is_number),
+    "r": (8, _is_count), "alpha": (8, _is_number),
     "attn_matrices": (["q", "v"], _is_letters), "leave_out": ([], _is_layers), "architecture": ("lora", ()),
     "composition_mode": ("add", ()), "selfattn_lora": (True, ()), "intermediate_lora": (False, ()),
     "output_lora": (False, ()), "dropout": (0.0, ()), "use_gating": (False, ()), "use_dora": (False, ()),

@@ -72,8 +72,8 @@ def fisher_trace(model: nn.Module, batches: Iterable[dict], blocks: list[nn.Modu
         return gradient.squared_norms().sum().double()  # Eq. 1: || grad log p(y|x) ||^2
 
     sums, count = _accumulate(model, batches, blocks, labels, generator, draws, family, trace)
-    zero = torch.zeros_like(next(iter(sums.values()), torch.zeros((), dtype=torch.float64)))
-    return torch.stack([sum((sums.get(parameter, zero) for parameter in block.parameters()), zero)
+    zero = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+    return torch.stack([sum(sums.get(parameter, zero) for parameter in block.parameters())
                         for block in blocks]) / count  # Eq. 1: E_x
 
 
@@ -535,8 +535,9 @@ def _unfit(tape: SimpleNamespace, inputs: dict, logits: torch.Tensor, calls: dic
     lone_logits, lone_calls, unfit = _alone(tape, inputs, i, size)
     pairs = []  # a module, and two tensors that should be equal
     for module, recorded in calls.items():
-        inputs_of = [(x, lone) for (x, *_), (lone, *_) in zip(recorded, lone_calls.get(module, ()))]
-        if len(inputs_of) != len(recorded) or len(recorded) != len(lone_calls[module]) or not all(
+        lone_ones = lone_calls.get(module, ())
+        inputs_of = [(x, lone) for (x, *_), (lone, *_) in zip(recorded, lone_ones)]
+        if len(recorded) != len(lone_ones) or not all(
                 lone.dim() and x.shape == (size * len(lone), *lone.shape[1:]) for x, lone in inputs_of):
             unfit.update(tape.owners[module].values())
             continue

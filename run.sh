@@ -3,8 +3,8 @@
 #
 #   bash run.sh TASK [METHOD] [options]     one run of `python unfreeze.py TASK --method METHOD`
 #   bash run.sh TASK all [options]          every method with seeds 0 to 3, then a table of them
-#   bash run.sh demo [METHOD|all] [options]  a small real model, real data: standard, gu, fun; all: but full
-#   bash run.sh results                     the README's tables and pictures anew, from extras/results
+#   bash run.sh demo [METHOD|all] [options]  standard, gu, fun on a small real model; all: lpft, rand, rev, too
+#   bash run.sh results                     the tables of all results, then (needs matplotlib) the pictures anew
 #   bash run.sh report FOLDER…              tables over finished runs
 #   bash run.sh test [options]              the tests; options go to pytest
 #
@@ -43,10 +43,10 @@ case $task in
     test) cd "$here" && exec python -m pytest test_core.py extras ${method:+"$method"} "$@" ;;
     results)  # the front page's picture is of four methods
         cd "$here/extras/results"
+        python ../../unfreeze.py report *.jsonl
         python ../../unfreeze.py report demo.jsonl --plot demo.png > /dev/null
         python ../../unfreeze.py report demo-15.jsonl --plot blocks.png --panel e > /dev/null
-        python ../../unfreeze.py report tag.jsonl xnli.jsonl xquad.jsonl --plot tasks.png --panel a > /dev/null
-        exec python ../../unfreeze.py report *.jsonl ;;
+        exec python ../../unfreeze.py report tag.jsonl xnli.jsonl xquad.jsonl --plot tasks.png --panel a > /dev/null ;;
     demo)
         cd "$here" && python extras/demo.py
         task=classify method=${method:-standard gu fun}

@@ -172,16 +172,17 @@ def pad(examples: list[dict], tokenizer) -> dict[str, torch.Tensor]:
     """One batch: sequences padded to the longest, [B, T] or, of several choices, [B, choices, T]."""
     padding, batch = padding_of(tokenizer), {}
     for key, first in examples[0].items():
-        values = [example[key] for example in examples]
         if key in ("row", "offsets"):  # of the score's, not the model's
             continue
+        values = [example[key] for example in examples]
+        fill = partial(pad_sequence, batch_first=True, padding_value=padding.get(key, 0),
+                       padding_side=tokenizer.padding_side)
         if isinstance(first, int):
             batch[key] = torch.tensor(values)  # [B]
         elif isinstance(first, list):
-            padded = pad_sequence([*chain(*values)], True, padding.get(key, 0), tokenizer.padding_side)
-            batch[key] = padded.unflatten(0, (len(examples), -1))  # [B choices, T] -> [B, choices, T]
+            batch[key] = fill([*chain(*values)]).unflatten(0, (len(examples), -1))  # [B, choices, T]
         else:
-            batch[key] = pad_sequence(values, True, padding.get(key, 0), tokenizer.padding_side)  # [B, T]
+            batch[key] = fill(values)  # [B, T]
     return batch
 
 
@@ -390,7 +391,7 @@ def best_span(context: str, offsets: torch.Tensor, logits: torch.Tensor) -> tupl
 
 
 def score_answers(rows: list[dict], examples: list[dict], outputs: list, language: str, labels: list,
-            rules: dict) -> tuple:
+                  rules: dict) -> tuple:
     """The best span over all windows of a question, scored by each of these rules."""
     best = [(-math.inf, 0, "")] * len(rows)
     for example, logits in zip(examples, outputs):

@@ -79,9 +79,6 @@ SELECT = {  # by method: (frozen blocks, bottom to top; the Unfreezer) -> those 
 }
 
 
-BUILT_IN = frozenset(SELECT)
-
-
 def largest(frozen: list[int], score: Callable) -> list[int]:
     """The frozen block with the largest score, of equals the higher; a single one needs no measurement."""
     if len(frozen) == 1:
@@ -169,9 +166,10 @@ class Unfreezer:
 
     def _set_requires_grad(self) -> None:
         for index, block in enumerate(self.blocks):
-            block.requires_grad_(index in self.trainable)
-            if index not in self.trainable:
-                block.zero_grad(set_to_none=True)  # with a gradient of zeros AdamW would still decay
+            is_open = index in self.trainable
+            block.requires_grad_(is_open)
+            if not is_open:
+                block.zero_grad()  # to None: with a gradient of zeros AdamW would still decay
 
     def _no_score(self) -> None:
         raise ValueError("this method needs `score`, a callable that returns one number per block")
@@ -182,9 +180,9 @@ class Unfreezer:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def option(default, text: str, **keywords):
-    if "least" in keywords:
-        keywords["type"] = partial(at_least, keywords.pop("least"))
+def option(default, text: str, least: int | None = None, **keywords):
+    if least is not None:
+        keywords["type"] = partial(at_least, least)
     return field(default=default, metadata={"help": text} | keywords)
 
 
@@ -351,8 +349,7 @@ def train(settings: Settings) -> None:
         losses.add(loss, norm)
 
         done, is_stopping = step + 1, bool(asked_to_stop)
-        is_due = done % settings.save_every == 0 or done % stride == 0 or done == settings.steps
-        is_saved = is_stopping or is_due
+        is_saved = is_stopping or done == settings.steps or 0 in (done % settings.save_every, done % stride)
         if is_saved or done % 10 == 0:
             losses.look(done)
         if done % 10 == 0 or done == settings.steps:
@@ -543,25 +540,18 @@ def fisher_batches(settings: Settings, examples: list, generator: torch.Generato
 
 
 def new_unfreezer(settings: Settings, blocks: list[nn.Module], score: Callable) -> Unfreezer:
-    order = settings.order.split(",") if settings.order else None
+    order = settings.order and [int(block) for block in settings.order.split(",")]
     method = "none" if settings.method == "full" else settings.method
     try:
-        return Unfreezer(blocks, method, settings.k, score, order and [int(block) for block in order],
-                         settings.seed, settings.first)
+        return Unfreezer(blocks, method, settings.k, score, order, settings.seed, settings.first)
     except ValueError as error:
         raise UserError(f"--order {settings.order}: {error}") from None
 
 
 def last_opening(settings: Settings, blocks: int) -> int:
-    """The step before which the last block opens, found on stand-ins that all score the same; 0 for a method
-    of a user's own, whose function is not to be called for this."""
-    if settings.method not in BUILT_IN:
-        return 0
-    stand_ins = [nn.ParameterList([nn.Parameter(torch.zeros(1))]) for _ in range(blocks)]
-    unfreezer = new_unfreezer(settings, stand_ins, lambda: [0] * blocks)
-    for interval in range(blocks + 1):
-        unfreezer.step(settings.k * interval)
-    return max((step for step, _ in unfreezer.history), default=0)
+    """The step before which the last block opens; 0 for a method of a user's own: it is not known."""
+    intervals = {"lpft": 1} | dict.fromkeys(("gu", "rand", "fun", "rev", "order"), blocks - 1)
+    return settings.k * intervals.get(settings.method, 0)
 
 
 def evaluate_split(task, model: nn.Module, labels: list, collate: Callable, autocast: Callable,
@@ -745,15 +735,14 @@ def load_language_adapters(settings, model: nn.Module, languages: list[str]) -> 
     by adapter the hub repository or the folder that it is from."""
     source, sources = settings.language_adapters, {}
     folder = source.removeprefix("auto,")
-    is_hub = source in ("auto", f"auto,{folder}") and not Path(settings.model).is_dir()
+    is_hub = f"{source},".startswith("auto,") and not Path(settings.model).is_dir()
     if source == "none" or settings.method == "full":
         return dict.fromkeys(languages), {}
     if folder != source and not (folder and Path(folder).is_dir()):
         raise UserError(f"--language-adapters {source}: no folder {folder!r}; it must hold LANGUAGE/ folders")
     for language in languages:
-        place = f"AdapterHub/{Path(settings.model).name}-{language}-wiki_pfeiffer"
-        places = [place] * is_hub + [Path(folder, language)] * (source != "auto")
-        for place in places:
+        of_hub = f"AdapterHub/{Path(settings.model).name}-{language}-wiki_pfeiffer"
+        for place in [of_hub] * is_hub + [Path(folder, language)] * (source != "auto"):
             try:
                 add_language_adapter(model, language, place)
                 sources[language] = str(place)

@@ -1,7 +1,7 @@
 """Benchmarks: every figure is a ratio within one run, since absolute seconds belong to one machine.
 
     python extras/bench.py steps     # a training step by the number of open blocks, and where its time goes;
-                                     # --data FOLDER adds epochs of xnli on it, --peer what `peer` prints;
+                                     # --data FOLDER adds epochs of xnli on it;
                                      # --size base: XLM-R base by batch and precision instead, for a GPU
     python extras/bench.py peer      # forward pass, training step and memory against AdapterHub's library,
                                      # in an environment that has adapters==1.3.0
@@ -16,7 +16,6 @@ figures are medians over rounds. --quick only shows that a benchmark runs: its f
 import argparse
 import importlib.util
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -367,7 +366,7 @@ def peer() -> None:
     try:
         import adapters as library
     except ImportError:
-        sys.exit("error: peer needs AdapterHub's library, in an environment of its own (see the README)")
+        sys.exit("error: peer needs AdapterHub's library, in an environment of its own (see STUDY.md)")
     specification = importlib.util.spec_from_file_location("our_adapters", ROOT / "adapters.py")
     ours = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(ours)
@@ -548,6 +547,10 @@ def rank(title: str, model: torch.nn.Module, blocks: list, examples) -> None:
                      for _ in range(50)] if size <= n <= size * len(values) // 2 else []
             cells.append(f"{mean(kendall_tau(draw, exact) for draw in draws):.3f}" if draws else "")
         print(f"| {n} | {' | '.join(cells)} |", flush=True)
+    single, _ = curves["sampled"]  # [2048, blocks]
+    shares = single.sort(0, descending=True).values.cumsum(0) / single.sum(0)
+    print(f"\nthe largest of {EXAMPLES} examples, and the ten largest, are of a block's tr(F), bottom to top: "
+          + ", ".join(f"{one:.1%} {ten:.1%}" for one, ten in zip(shares[0], shares[9])))
 
 
 def kendall_tau(one: torch.Tensor, two: torch.Tensor) -> float:
@@ -562,7 +565,6 @@ if __name__ == "__main__":
     parser.add_argument("--data", help="for steps: a folder as unfreeze.py xnli takes it")
     parser.add_argument("--model", default=str(ROOT / "demo/model"), help="for steps with --data")
     parser.add_argument("--size", choices=["small", "base"], default="small", help="for steps: of the model")
-    parser.add_argument("--peer", action="store_true", help="for steps: peer's table too")
     parser.add_argument("--quick", action="store_true", help="one round of small batches")
     given = parser.parse_args()
     if given.name != "peer":  # where `adapters` is the library
@@ -572,5 +574,3 @@ if __name__ == "__main__":
     (base if given.size == "base" else benchmarks[given.name])()
     if given.data:
         epoch(given.data, given.model)
-    if given.peer:  # in a process of its own: the library and adapters.py have one name
-        subprocess.run([sys.executable, __file__, "peer", *["--quick"] * given.quick], check=True)

@@ -3,7 +3,7 @@
     run = Graphed(run, learned)         # run(batch) -> loss, leaves gradients; learned: all that ever trains
     loss = run(batch)                   # captured when a shape is first met, anew when a block opens
 
-A base-size pass costs some 1,200 launches of kernels, which on a fast card take longer than the kernels.
+A base-size step launches some 1,600 kernels, which on a fast card takes longer than the kernels themselves.
 The gradients are those of `run` itself, and dropout draws the same numbers. Batches must have few shapes:
 those of `widened`, packed with `multiple=TOKENS`.
 """

@@ -52,7 +52,7 @@ def draw_group(figure, title: str, methods: Methods, mosaic: list[list[str]]) ->
     styles = styles_of(methods)
     for letter, axes in figure.subplot_mosaic(mosaic).items():
         heading, draw = PANELS[letter]
-        axes.set_title(f"$\\bf{{{letter}}}$  {heading}", loc="left")
+        axes.set_title(f"$\\bf{{{letter}}}$  {heading}" if len(mosaic) > 1 else heading, loc="left")
         draw(axes, methods, styles)
     lines = [Line2D([], [], label=label, **style) for label, style in styles.items()]
     figure.legend(handles=lines if mosaic != [["e"]] else [], ncols=min(5, 1 + 100 // max(map(len, styles))),
@@ -88,7 +88,7 @@ def draw_traces(axes, methods: Methods, styles: dict[str, dict]) -> None:
     for label, runs in methods.items():
         curve, colour = by_step(runs, "traces", "average"), styles[label]["color"]
         steps, values = list(curve), curve.values()
-        axes.plot(steps, [*map(mean, values)], **styles[label] | {"marker": None})
+        axes.plot(steps, [*map(mean, values)], **styles[label] | {"marker": "."})
         axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.2, lw=0)
     if "gu" in methods and methods["gu"][0]["order"]:
         steps = [step for step, _ in methods["gu"][0]["order"]]

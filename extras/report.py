@@ -246,9 +246,9 @@ def columns(runs: list[dict]) -> Methods:
     for run in sorted(runs, key=lambda run: (order.index(run["method"]), method_of(run, is_above))):
         methods.setdefault(method_of(run, is_above), []).append(run)
     found: Methods = {}
-    for method, runs in methods.items():
-        other = [name for name in BY_METHOD if len(values_of(runs, name)) > 1]
-        for run in runs:
+    for method, members in methods.items():
+        other = [name for name in BY_METHOD if len(values_of(members, name)) > 1]
+        for run in members:
             label = ", ".join([method, *(f"{spaced(name)} {run['settings'][name]}" for name in other)])
             for twin in found.setdefault(label, []):
                 if twin["seed"] == run["seed"]:
@@ -284,7 +284,8 @@ def table(methods: Methods) -> list[list[str]]:
         return [name, *(cell(runs) for runs in methods.values())]
 
     def row_if_any(name: str, cell: Callable) -> list[list[str]]:
-        return [cells for cells in [row(name, cell)] if {*cells[1:]} != {"-"}]
+        cells = row(name, cell)
+        return [cells] if {*cells[1:]} != {"-"} else []
 
     rows = [["", *methods], row("seeds", lambda runs: str(len(runs)))]
     for name in BY_METHOD:
@@ -562,7 +563,7 @@ def paper_cell(runs: list[dict], metric: str) -> str:
 
 def difference(runs: list[dict], metric: str) -> str:
     figure = paper_cell(runs, metric)
-    if figure == "-" or "*" in figure:
+    if figure.endswith(("-", "*")):
         return "-"
     return f"{mean(averages(runs, metric)) - float(figure.split('±')[0]):+.1f}"
 

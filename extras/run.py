@@ -32,7 +32,7 @@ from tasks import TASKS
 
 def run_folder(settings) -> Path:
     """Where the run goes: a new folder, or one that holds a run."""
-    kind = "-lora" if settings.adapter == "lora" and settings.method != "full" else ""
+    kind = "-lora" if settings.adapter == "lora" else ""
     kind += f"-{settings.train_examples}" if settings.train_examples else ""
     kind += f"-{settings.fisher_labels}" if settings.fisher_labels != "sampled" else ""
     kind += f"-{settings.first}" if settings.first else ""
@@ -225,14 +225,13 @@ def introduce(settings, splits: dict, encoded: dict, blocks: int, stride: int, l
               languages: dict, sources: dict, device: torch.device) -> None:
     """Print the settings that a reader of the scores needs; results.json has all."""
     first = ", top block first" if settings.first else ""
-    print(f"\n{settings.task}, {settings.method}{first}: {len(splits['train'])} training examples in "
-          f"{len(encoded['train'])} sequences,")
-    tell(f"{settings.steps} steps of {settings.batch_size}, lr {settings.lr:g} {settings.decay}, k "
-         f"{settings.k}, {blocks} blocks, {settings.max_length} tokens, seed {settings.seed}, {device}, "
-         f"{settings.precision},")
     tested = " (tested is the mean of their weights)" if settings.average else ""
-    tell(f"{len(splits['validation'])} validation examples every {stride} steps{tested}; test languages "
-         f"{' '.join(languages) or 'none'}")
+    print()
+    tell(f"{settings.task}, {settings.method}{first}: {len(splits['train'])} training examples in "
+         f"{len(encoded['train'])} sequences, {settings.steps} steps of {settings.batch_size}, lr "
+         f"{settings.lr:g} {settings.decay}, k {settings.k}, {blocks} blocks, {settings.max_length} tokens, "
+         f"seed {settings.seed}, {device}, {settings.precision}, {len(splits['validation'])} validation "
+         f"examples every {stride} steps{tested}; test languages {' '.join(languages) or 'none'}")
     is_mixed = settings.language_adapters.startswith("auto,")
     own = [language + f" ({place})" * (is_mixed and not place.startswith("AdapterHub/"))
            for language, place in sources.items()]
