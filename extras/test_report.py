@@ -183,7 +183,7 @@ def test_report_gives_the_shape_of_the_curve_of_the_trace_averaged_over_seeds(tm
         assert "log.jsonl is damaged" in capsys.readouterr().err
 
 
-def test_the_readmes_tables_of_results_are_what_report_prints(capsys):
+def test_the_readmes_tables_and_gains_are_what_report_prints(capsys):
     assert unfreeze.main(["report", *map(str, HERE.glob("extras/results/*.jsonl"))]) == 0
     printed = tables_of(capsys.readouterr().out)
     pages = [HERE / "README.md", *HERE.glob("extras/*.md")]
@@ -193,6 +193,11 @@ def test_the_readmes_tables_of_results_are_what_report_prints(capsys):
     for table in compared:
         assert any(all(set(zip(table[""], cells)) <= set(zip(other[""], other.get(name, ())))
                        for name, cells in table.items()) for other in printed), table
+    gains = {(cell.split(" ")[0], interval) for table in printed
+             for cell, interval in zip(table["over standard"], table["its 95 % interval"])}
+    quoted = {found for page in pages for found in re.findall(
+        r"([+-]\d+\.\d) \(([+-]\d+\.\d to [+-]\d+\.\d)\)", page.read_text(encoding="utf-8"))}
+    assert len(quoted) > 2 and quoted <= gains
 
 
 def test_the_interval_is_as_wide_as_the_spread_over_seeds_and_over_languages_makes_it():
@@ -582,7 +587,7 @@ def test_plots_of_the_trace_have_mean_and_range_over_seeds_and_the_openings_of_g
     axes = drawn("a", study[:4])
     assert axes.get_yscale() == "log"
     assert points(axes, "standard") == [[(0, 4), (5, 8), (9, 3)]]
-    assert points(axes, "gu", "None") == [[(0, 8), (5, 3), (9, 1)]]
+    assert points(axes, "gu", ".") == [[(0, 8), (5, 3), (9, 1)]]
     assert [step for step, _ in points(axes, "gu", "|")[0]] == [0, 5]
     corners = {tuple(corner) for corner in axes.collections[1].get_paths()[0].vertices}
     assert corners == {(0, 7), (0, 9), (5, 2), (5, 4), (9, 1)}
