@@ -126,12 +126,15 @@ def test_languages(settings) -> list[str]:
     known = [*(task.languages or ()), *task.other_languages]
     if settings.data is not None:
         known, where = languages_in(Path(settings.data)), f"in {settings.data} (test.<language>.jsonl)"
-    wanted = settings.languages.split(",") if settings.languages else task.languages or known
+    wanted = task.languages or known if settings.languages is None else settings.languages.split(",")
     wanted = list(dict.fromkeys(["en", *wanted]))  # each once
     for language in wanted:
         if language not in known:
             raise UserError(f"{settings.task} has no language {language!r} {where}, only "
                             f"{', '.join(known)}: choose with --languages")
+        if language in ("train", "validation") or not language.isprintable() or "|" in language:
+            raise UserError(f"a test language cannot be called {language!r}: rename its file, or choose others "
+                            "with --languages")
     return wanted
 
 

@@ -191,8 +191,9 @@ def at_least(least: int, text: str) -> int:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+    if not least <= value < 2**32:
+        bound = f"at least {least}" if value < least else f"below {2**32}"
+        raise argparse.ArgumentTypeError(f"must be {bound}, not {value}")
     return value
 
 
@@ -249,8 +250,9 @@ class Settings:
 
 def check(settings: Settings) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
-    if settings.seed >= 2**32:
-        raise UserError(f"--seed must be below {2**32}, not {settings.seed}")
+    for name, value in dataclasses.asdict(settings).items():
+        if isinstance(value, str) and not value.isprintable():
+            raise UserError(f"--{name} {value!r} has characters that cannot be printed: choose another name")
     if settings.lr is not None and not 0 < settings.lr < math.inf:
         raise UserError(f"--lr must be a positive number, not {settings.lr}")
     if settings.device == "cuda" and not torch.cuda.is_available():
@@ -558,6 +560,8 @@ def evaluate_split(task, model: nn.Module, labels: list, collate: Callable, auto
                    rows: list[dict], examples: list[dict], language: str) -> tuple[dict, list[dict]]:
     """The scores in percent by metric, and a prediction for each row."""
     outputs = predict(task, model, examples, collate, autocast)
+    if any(output.isnan().any() for output in outputs):
+        raise UserError("the model's outputs are not numbers: lower --lr and pass --overwrite")
     return task.score(rows, examples, outputs, language, labels)
 
 

@@ -54,7 +54,7 @@ def draw_group(figure, title: str, methods: Methods, mosaic: list[list[str]]) ->
         heading, draw = PANELS[letter]
         axes.set_title(f"$\\bf{{{letter}}}$  {heading}" if len(mosaic) > 1 else heading, loc="left")
         draw(axes, methods, styles)
-    lines = [Line2D([], [], label=label, **style) for label, style in styles.items()]
+    lines = [Line2D([], [], label=plain(label), **style) for label, style in styles.items()]
     figure.legend(handles=lines if mosaic != [["e"]] else [], ncols=min(5, 1 + 100 // max(map(len, styles))),
                   loc="outside upper left", frameon=False, alignment="left", title_fontsize="small",
                   title=plain(textwrap.fill(title, 150)))
@@ -131,7 +131,7 @@ def score_over_trace(runs: list[dict]) -> tuple[list[float], list[float]]:
     traces = by_step(runs, "traces", "average")
     points = [(mean(traces[max(measured)]), mean(scores))
               for step, scores in by_step(runs, "validations", next(iter(runs[0]["scores"]["en"]))).items()
-              if (measured := [earlier for earlier in traces if earlier <= step + 1])]
+              if (measured := [earlier for earlier in traces if earlier <= step])]
     return [trace for trace, _ in points], [score for _, score in points]
 
 

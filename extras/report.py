@@ -135,14 +135,17 @@ def checked(record: dict, name: Path | str, results: Path | str, log: Path | str
         run.setdefault("train_examples", own.get("train_examples") or 0)  # 0: not recorded
         assert isinstance(run["settings"]["fisher_labels"], str) and isinstance(run.get("data", ""), str)
         assert isinstance(run["settings"]["average"], bool)
-        metrics = run["scores"]["en"].keys()
-        assert isinstance(run["average"], dict) and isinstance(run[SOURCES], dict)
+        assert not any(isinstance(value, list | dict) for value in run["settings"].values())
+        metrics, targets = run["scores"]["en"].keys(), [*map(run["scores"].get, {*run["scores"]} - {"en"})]
+        assert metrics and all(isinstance(place, str) for place in run[SOURCES].values())
         assert all(map(is_number, run["validation"].values()))
         assert all(isinstance(adapter, str | None) for adapter in run["language_adapters"].values())
-        for score in (*run["scores"].values(), run["average"] or run["scores"]["en"]):
+        for score in run["scores"].values():
             assert score.keys() == metrics and all(is_number(score[name]) for name in metrics)
+        assert run["average"].keys() == (metrics if targets else set()) and all(math.isclose(
+            value, mean(score[name] for score in targets)) for name, value in run["average"].items())
         assert all(type(step) is type(block) is int and min(step, block) >= 0 and is_number(step + block)
-                   for step, block in run["order"])
+                   for step, block in run["order"]) and is_each_once([block for _, block in run["order"]])
         assert all(is_number(run[key]) for key in ("seed", "wall_seconds", "train_examples"))
     with damage(f"{log} is damaged", name):
         run["traces"], run["validations"] = curves(record["log"], next(iter(metrics)))
@@ -153,6 +156,10 @@ def is_number(value) -> bool:
     return type(value) in (int, float) and math.isfinite(float(value))
 
 
+def is_each_once(blocks: list) -> bool:
+    return len({*blocks}) == len(blocks)
+
+
 def curves(log: list[dict], metric: str) -> tuple[list[dict], list[dict]]:
     """The measurements of tr(F) with open blocks, their mean over the open blocks, and the validations."""
     traces = [event | {"average": mean(event["trace"][block] for block in event["trainable"])}
@@ -161,6 +168,7 @@ def curves(log: list[dict], metric: str) -> tuple[list[dict], list[dict]]:
     numbers = [value for event in traces for value in (event["step"], event["average"], *event["trace"])]
     numbers += [event[name] for event in validations for name in ("step", metric)]
     assert all(map(is_number, numbers)) and len({len(event["trace"]) for event in traces}) < 2
+    assert all(min(event["trainable"]) >= 0 and is_each_once(event["trainable"]) for event in traces)
     return traces, validations
 
 
@@ -205,7 +213,8 @@ def comparable(runs: list[dict]) -> dict[str, Methods]:
 def setting(run: dict) -> tuple:
     """What all runs of one table share, adapters aside."""
     own = [f"{name} {value}" for name, value in run["settings"].items() if name not in BY_METHOD + TOLD_APART]
-    return run["task"], run["model"], run["train_examples"], run.get("data"), *sorted(run["scores"]), *own
+    tested = *sorted(run["scores"]), *sorted(run["scores"]["en"])
+    return run["task"], run["model"], run["train_examples"], run.get("data"), *tested, *own
 
 
 def adapters_of(run: dict) -> tuple[str, str, str]:
@@ -296,7 +305,8 @@ def table(methods: Methods) -> list[list[str]]:
     for metric in metrics:
         of = "" if metric == metrics[0] else f", {metric}"
         rows += row_if_any(f"English validation, {metric}", lambda runs: spread(
-            [run["validation"][metric] for run in runs if metric in run["validation"]]))
+            [run["validation"][metric] for run in runs])
+            if all(metric in run["validation"] for run in runs) else "-")
         rows += [row(name, cell) for name, cell in score_cells(methods, metric, of, targets, weak).items()]
         if unseen:
             rows.append(row(f"mean of unseen {' '.join(unseen)}{of}", lambda runs: spread(
@@ -338,8 +348,8 @@ def scores_of(runs: list[dict], language: str, metric: str) -> list[float]:
 
 
 def averages(runs: list[dict], metric: str) -> list[float]:
-    """Means over the target languages, as the runs have recorded them; NaN where there were none."""
-    return [run["average"].get(metric, math.nan) for run in runs]
+    """Means over the target languages, of the runs that had any."""
+    return [run["average"][metric] for run in runs if run["average"]]
 
 
 def standard_runs(methods: Methods) -> list[dict]:

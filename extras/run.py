@@ -47,7 +47,7 @@ def run_folder(settings) -> Path:
         name = "demo" if is_demo else f"{name}-{data.resolve().name}"
     out = Path(settings.out or f"runs/{name}{run}")
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if found and "results.json" not in found and not is_our_log(out / "log.jsonl"):
+    if found and not is_our_log(out / "log.jsonl"):
         raise UserError(f"{out} holds files that are not a run's: choose another --out")
     return out
 
@@ -225,13 +225,14 @@ def introduce(settings, splits: dict, encoded: dict, blocks: int, stride: int, l
               languages: dict, sources: dict, device: torch.device) -> None:
     """Print the settings that a reader of the scores needs; results.json has all."""
     first = ", top block first" if settings.first else ""
+    print(f"\n{settings.task}, {settings.method}{first}: {len(splits['train'])} training examples in "
+          f"{len(encoded['train'])} sequences,")
+    tell(f"{settings.steps} steps of {settings.batch_size}, lr {settings.lr:g} {settings.decay}, k "
+         f"{settings.k}, {blocks} blocks, {settings.max_length} tokens, seed {settings.seed}, {device}, "
+         f"{settings.precision},")
     tested = " (tested is the mean of their weights)" if settings.average else ""
-    print()
-    tell(f"{settings.task}, {settings.method}{first}: {len(splits['train'])} training examples in "
-         f"{len(encoded['train'])} sequences, {settings.steps} steps of {settings.batch_size}, lr "
-         f"{settings.lr:g} {settings.decay}, k {settings.k}, {blocks} blocks, {settings.max_length} tokens, "
-         f"seed {settings.seed}, {device}, {settings.precision}, {len(splits['validation'])} validation "
-         f"examples every {stride} steps{tested}; test languages {' '.join(languages) or 'none'}")
+    tell(f"{len(splits['validation'])} validation examples every {stride} steps{tested}; test languages "
+         f"{' '.join(languages) or 'none'}")
     is_mixed = settings.language_adapters.startswith("auto,")
     own = [language + f" ({place})" * (is_mixed and not place.startswith("AdapterHub/"))
            for language, place in sources.items()]

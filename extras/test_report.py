@@ -365,6 +365,8 @@ def test_report_correlates_the_trace_of_the_weights_kept_with_scores_over_method
     {"scores": {"en": {"accuracy": "high"}}}, {"method": 3}, {"seed": "x"}, {"task": None},
     {"wall_seconds": None}, {"scores": {"en": {"accuracy": 1}, "de": {"f1": 1}}}, {"order": [["a", "b"]]},
     {"train_examples": []}, {"method": "fun", "settings": "all"}, {"language_adapters": "de"},
+    {"settings": {"lr": [0.1]}}, {"average": {"accuracy": 99}}, {"average": {}}, {"order": [[0, 1], [5, 1]]},
+    {"language_adapter_sources": {"en": 5}}, {"validation": {"accuracy": None}}, {"validation": 5},
     {"wall_seconds": math.nan}, {"seed": True}, {"average": {"accuracy": math.inf}}, {"order": [["03", 1]]},
     {"order": [[0, -1]]}, {"scores": {"en": {"accuracy": 10**400}}}])
 def test_report_on_a_damaged_run_is_one_line(change, tmp_path, capsys):
@@ -604,6 +606,9 @@ def test_plots_of_the_order_have_the_mean_place_of_each_block(study):
 def test_plots_of_validation_are_over_the_trace_measured_last(study):
     axes = drawn("c", study[:4])
     assert points(axes, "gu") == [[(2, 50), (1, 90)], [(4, 51), (1, 91)], [(3, 50.5), (1, 90.5)]]
+    run = {"scores": {"en": {"accuracy": 0}}, "validations": [{"step": 4, "accuracy": 50}],
+           "traces": [{"step": step, "average": step} for step in (0, 3, 5)]}
+    assert plots.score_over_trace([run]) == ([3], [50])
 
 
 @with_matplotlib

@@ -200,6 +200,13 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(
     assert all(value.isfinite().all() for value in saved["learned"].values())
 
 
+@pytest.mark.parametrize("options", ["--method full", "--average"])
+def test_weights_that_the_last_step_has_spoilt_are_not_scored(options, assets, tmp_path, capsys):
+    arguments = command(assets, tmp_path / "run", *options.split(), "--steps", 1, "--lr", 1e38)
+    one_error(unfreeze.main(arguments), capsys.readouterr().err, "error: ", "lower --lr")
+    assert not (tmp_path / "run/results.json").exists()
+
+
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), None])
 def test_out_of_memory_is_one_line_with_the_remedy(error, assets, tmp_path, capsys, monkeypatch):
     def failing(*_):
