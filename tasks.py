@@ -133,8 +133,8 @@ def test_languages(settings) -> list[str]:
             raise UserError(f"{settings.task} has no language {language!r} {where}, only "
                             f"{', '.join(known)}: choose with --languages")
         if language in ("train", "validation") or not language.isprintable() or "|" in language:
-            raise UserError(f"a test language cannot be called {language!r}: rename its file, or choose others "
-                            "with --languages")
+            raise UserError(f"a test language cannot be called {language!r}: rename its file, or choose "
+                            "others with --languages")
     return wanted
 
 
