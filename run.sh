@@ -43,12 +43,12 @@ case $task in
     test) cd "$here" && exec python -m pytest test_core.py extras ${method:+"$method"} "$@" ;;
     results)  # the front page's picture is of four methods
         cd "$here/extras/results"
-        for runs in "demo.jsonl demo-others.jsonl demo-lora.jsonl" demo-{batches,500,15,average}.jsonl t*.jsonl x*.jsonl; do
+        for runs in "demo.jsonl demo-others.jsonl demo-lora.jsonl" demo-{batches,500,15,average}.jsonl [tx]*.jsonl; do
             python ../../unfreeze.py report $runs
         done
         python ../../unfreeze.py report demo.jsonl --plot demo.png > /dev/null
         python ../../unfreeze.py report demo-15.jsonl --plot blocks.png --panel e > /dev/null
-        exec python ../../unfreeze.py report tag.jsonl xnli.jsonl xquad.jsonl --plot tasks.png --panel a > /dev/null ;;
+        exec python ../../unfreeze.py report {tag,xnli,xquad}.jsonl --plot tasks.png --panel a > /dev/null ;;
     demo)
         cd "$here" && python extras/demo.py
         task=classify method=${method:-standard gu fun}

@@ -251,8 +251,8 @@ class Settings:
 def check(settings: Settings) -> None:
     """Refuse what cannot work, before anything is loaded or written."""
     for name, value in dataclasses.asdict(settings).items():
-        if isinstance(value, str) and not value.isprintable():
-            raise UserError(f"--{name} {value!r} has characters that cannot be printed: choose another name")
+        if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
+            raise UserError(f"--{name.replace('_', '-')} {value!r} is not UTF-8: choose another name")
     if settings.lr is not None and not 0 < settings.lr < math.inf:
         raise UserError(f"--lr must be a positive number, not {settings.lr}")
     if settings.device == "cuda" and not torch.cuda.is_available():
@@ -561,7 +561,8 @@ def evaluate_split(task, model: nn.Module, labels: list, collate: Callable, auto
     """The scores in percent by metric, and a prediction for each row."""
     outputs = predict(task, model, examples, collate, autocast)
     if any(output.isnan().any() for output in outputs):
-        raise UserError("the model's outputs are not numbers: lower --lr and pass --overwrite")
+        raise UserError("the model's outputs are not numbers: lower --lr, or choose another --model, and pass "
+                        "--overwrite")
     return task.score(rows, examples, outputs, language, labels)
 
 

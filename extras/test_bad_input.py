@@ -129,7 +129,7 @@ BAD_INPUTS = {
     "no language": (["--languages", ""], None, "classify has no language ''"),
     "a language called train": ("", write("data/test.train.jsonl", ROW), "cannot be called 'train'"),
     "a language in two columns": ("", write("data/test.d|e.jsonl", ROW), "cannot be called 'd|e'"),
-    "not UTF-8": (["--out", "o\udcff"], None, "has characters that cannot be printed"),
+    "not UTF-8": (["--language-adapters", "o\udcff"], None, "--language-adapters 'o\\udcff' is not UTF-8"),
     "empty file": ("", write("data/test.de.jsonl", ""), "test.de.jsonl is empty"),
     "no column": ("", write(TRAIN, ROW + '{"text": "a"}'), "train.en.jsonl:2: no column 'label'"),
     "null": ("", write(TRAIN, ROW + '{"text": null, "label": 1}'), "train.en.jsonl:2: no column 'text'"),
