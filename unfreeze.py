@@ -561,8 +561,8 @@ def evaluate_split(task, model: nn.Module, labels: list, collate: Callable, auto
     """The scores in percent by metric, and a prediction for each row."""
     outputs = predict(task, model, examples, collate, autocast)
     if any(output.isnan().any() for output in outputs):
-        raise UserError("the model's outputs are not numbers: lower --lr, or choose another --model, and pass "
-                        "--overwrite")
+        raise UserError("the model's outputs are not numbers: lower --lr, or choose another --model, and "
+                        "pass --overwrite")
     return task.score(rows, examples, outputs, language, labels)
 
 
@@ -740,7 +740,7 @@ def load_language_adapters(settings, model: nn.Module, languages: list[str]) -> 
     by adapter the hub repository or the folder that it is from."""
     source, sources = settings.language_adapters, {}
     folder = source.removeprefix("auto,")
-    is_hub = f"{source},".startswith("auto,") and not Path(settings.model).is_dir()
+    is_hub = source.split(",")[0] == "auto" and not Path(settings.model).is_dir()
     if source == "none" or settings.method == "full":
         return dict.fromkeys(languages), {}
     if folder != source and not (folder and Path(folder).is_dir()):

@@ -549,8 +549,8 @@ def rank(title: str, model: torch.nn.Module, blocks: list, examples) -> None:
         print(f"| {n} | {' | '.join(cells)} |", flush=True)
     single, _ = curves["sampled"]  # [2048, blocks]
     shares = single.sort(0, descending=True).values.cumsum(0) / single.sum(0)
-    print(f"\nthe largest of {EXAMPLES} examples, and the ten largest, are of a block's tr(F), bottom to top: "
-          + ", ".join(f"{one:.1%} {ten:.1%}" for one, ten in zip(shares[0], shares[9])))
+    print(f"\nthe largest of {EXAMPLES} examples, and the ten largest, are of a block's tr(F), bottom to "
+          "top: " + ", ".join(f"{one:.1%} {ten:.1%}" for one, ten in zip(shares[0], shares[9])))
 
 
 def kendall_tau(one: torch.Tensor, two: torch.Tensor) -> float:

@@ -23,6 +23,7 @@ import torch
 
 from adapters import write_atomically
 from extras.rows import UserError
+from extras.run import mean_of_targets
 from tasks import TASKS, UNSCHEDULED, preset
 from unfreeze import SELECT, Settings, refuse
 
@@ -136,14 +137,15 @@ def checked(record: dict, name: Path | str, results: Path | str, log: Path | str
         assert isinstance(run["settings"]["fisher_labels"], str) and isinstance(run.get("data", ""), str)
         assert isinstance(run["settings"]["average"], bool)
         assert not any(isinstance(value, list | dict) for value in run["settings"].values())
-        metrics, targets = run["scores"]["en"].keys(), [*map(run["scores"].get, {*run["scores"]} - {"en"})]
+        metrics = run["scores"]["en"].keys()
         assert metrics and all(isinstance(place, str) for place in run[SOURCES].values())
         assert all(map(is_number, run["validation"].values()))
         assert all(isinstance(adapter, str | None) for adapter in run["language_adapters"].values())
         for score in run["scores"].values():
             assert score.keys() == metrics and all(is_number(score[name]) for name in metrics)
-        assert run["average"].keys() == (metrics if targets else set()) and all(math.isclose(
-            value, mean(score[name] for score in targets)) for name, value in run["average"].items())
+        average = mean_of_targets(run["scores"])
+        assert run["average"].keys() == average.keys()
+        assert all(math.isclose(run["average"][name], value) for name, value in average.items())
         assert all(type(step) is type(block) is int and min(step, block) >= 0 and is_number(step + block)
                    for step, block in run["order"]) and is_each_once([block for _, block in run["order"]])
         assert all(is_number(run[key]) for key in ("seed", "wall_seconds", "train_examples"))
@@ -245,7 +247,11 @@ def spaced(name: str) -> str:
 
 def values_of(runs: list[dict], name: str) -> set:
     """The values of a setting, of the runs in which it has an effect."""
-    return {run["settings"][name] for run in runs if name != "k" or run["method"] not in UNSCHEDULED}
+    return {run["settings"][name] for run in runs if has_effect(name, run)}
+
+
+def has_effect(name: str, run: dict) -> bool:
+    return name != "k" or run["method"] not in UNSCHEDULED
 
 
 def columns(runs: list[dict]) -> Methods:
@@ -611,7 +617,7 @@ def departures(run: dict) -> list[str]:
     for name, value in theirs.items():
         own = f"{settings['steps']} steps" if name == "epochs" and settings["epochs"] is None else \
             f"{spaced(name)} {settings[name]}"
-        found[own] = settings[name] != value and (name != "k" or run["method"] not in UNSCHEDULED)
+        found[own] = settings[name] != value and has_effect(name, run)
     return [what for what, differs in found.items() if differs]
 
 

@@ -256,15 +256,20 @@ def tell(text: str) -> None:
     print(textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False))
 
 
+def mean_of_targets(scores: dict[str, dict]) -> dict:
+    """By metric, over the languages other than English; empty if there are none."""
+    targets = [score for language, score in scores.items() if language != "en"]
+    return {name: mean(score[name] for score in targets) for name in targets[0]} if targets else {}
+
+
 def describe(settings, scores: dict[str, dict]) -> dict:
     """The part of results.json that follows from settings and scores."""
-    targets = [score for language, score in scores.items() if language != "en"]
     return {
         "task": settings.task, "method": settings.method,
         "adapter": "none" if settings.method == "full" else settings.adapter,
         "model": settings.model, "seed": settings.seed, "k": settings.k, "steps": settings.steps,
         "scores": scores,
-        "average": {name: mean(score[name] for score in targets) for name in targets[0]} if targets else {},
+        "average": mean_of_targets(scores),
         "settings": dataclasses.asdict(settings),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__}}
